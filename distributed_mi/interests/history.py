@@ -1,0 +1,39 @@
+"""What is known of an exemplar: the items it interacted with, as the prompt and the backends see them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class HistoryItem:
+    """One item of a history.
+
+    Args:
+        item_index: the id that a prompt shows and an answer may cite.
+        title: as in the catalogue; `item <outside id>` when it has none.
+        categories: from general to special, possibly empty.
+    """
+
+    item_index: int
+    title: str
+    categories: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exemplar:
+    """An exemplar user with its distinct items, newest last; there is at least one."""
+
+    user_index: int
+    history: tuple[HistoryItem, ...]
+
+    def latest(self, count: int) -> "Exemplar":
+        """The same user with only the newest `count` items."""
+        return Exemplar(self.user_index, self.history[-count:])
+
+
+def build_exemplar(
+    user_index: int, item_indices: Iterable[int], items: Mapping[int, HistoryItem], max_history: int
+) -> Exemplar:
+    """Keep the newest `max_history` distinct items of a sequence; a repeated item stands at its latest place."""
+    newest_first = list(dict.fromkeys(reversed(list(item_indices))))[:max_history]
+    return Exemplar(user_index, tuple(items[i] for i in reversed(newest_first)))
