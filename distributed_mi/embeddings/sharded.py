@@ -1,0 +1,146 @@
+"""An item table whose rows are spread over the workers of a group.
+
+A lookup is three exchanges: how many rows of each worker are wanted, which, and the rows. Ids are de-duplicated
+first, over all id tensors of the call, so a popular item and the padding travel once per worker and step. Backward
+sends the summed row gradients back the same way, and the owner adds what it gets from all workers: the gradient of
+the step is the sum of the workers' partial losses (`LossTerms.total`).
+
+Shapes:  V rows, D width, W workers, U distinct ids of this worker's lookup, Q queries.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.embeddings.optimizer import TableOptimizer
+from distributed_mi.embeddings.placement import Modulo, Placement
+from distributed_mi.embeddings.storage import RowStore, check_ids, check_topk, split_keys
+from distributed_mi.embeddings.table import ItemTable, check_size, split_rows
+
+QUERIES_PER_ROUND = 4_096
+"""Queries of one worker that a collective top-k handles at once; bounds what every worker gathers."""
+
+
+class ShardedItemTable(ItemTable):
+    """Same interface and same numbers as `LocalItemTable`; each worker holds its rows only.
+
+    An error on one worker (an id outside the table) ends that worker in the middle of a collective; the others then
+    fail with a connection error of torch.distributed.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        dim: int,
+        *,
+        group: WorkerGroup,
+        seed: int = 0,
+        std: float | None = None,
+        optimizer: TableOptimizer | None = None,
+        device: torch.device | str | None = None,
+        placement: Placement | None = None,
+    ) -> None:
+        """Make this worker's shard.
+
+        Args:
+            num_rows: V, padding included.
+            dim: D.
+            group: the workers.
+            seed: seed of the first values, which do not depend on the workers.
+            std: their standard deviation; None: sqrt(2 / D).
+            optimizer: what trains the rows; None: the default.
+            device: where the rows lie; None: the group's.
+            placement: who holds which row; None: `Modulo`.
+        """
+        check_size(num_rows, dim)
+        self.num_rows, self.dim, self.group = num_rows, dim, group
+        self.placement = placement or Modulo(num_rows, group.size)
+        device = group.device if device is None else torch.device(device)
+        ids = self.placement.owned(group.rank)
+        self.store = RowStore(ids, dim, seed=seed, std=std, optimizer=optimizer, device=device)
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+        self._bounds_W1 = torch.arange(group.size + 1, device=device) * self.placement.capacity
+
+    def lookup(self, *ids: Tensor) -> list[Tensor]:
+        """See `ItemTable.lookup`."""
+        flat = torch.cat([i.reshape(-1) for i in ids])
+        check_ids(flat, self.num_rows)
+        keys_U, inverse = torch.unique(self.placement.key(flat), return_inverse=True)
+        # Keys sort by owner, so each worker's part is one run.
+        send = torch.searchsorted(keys_U, self._bounds_W1).diff().tolist()
+        slots, receive = self.group.all_to_all_rows(keys_U.remainder(self.placement.capacity), send)
+        rows_UD = _ExchangedRows.apply(self._anchor, slots, self, send, receive)
+        return split_rows(rows_UD.index_select(0, inverse), ids)
+
+    @torch.no_grad()
+    def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `ItemTable.topk`.
+
+        Every worker scores the queries of all against its rows; k candidates per query and shard travel back.
+        """
+        check_topk(queries_QD, k, self.num_rows, self.dim)
+        queries_QD = queries_QD.detach().float()
+        mine = -(-len(queries_QD) // QUERIES_PER_ROUND)
+        rounds = max(int(n) for n in self.group.all_gather_json(mine))
+        keys = [
+            self._topk_round(queries_QD[i * QUERIES_PER_ROUND : (i + 1) * QUERIES_PER_ROUND], k)
+            for i in range(rounds)
+        ]
+        return split_keys(torch.cat(keys) if keys else self.store.ids_R.new_empty((0, k)))
+
+    def _topk_round(self, queries_QD: Tensor, k: int) -> Tensor:
+        everyone = self.group.all_gather_rows(queries_QD)
+        candidates = self.store.topk_keys(torch.cat(everyone), k)
+        counts = [len(q) for q in everyone]
+        received, _ = self.group.all_to_all_rows(candidates, counts)
+        by_shard_WQk = received.view(self.group.size, len(queries_QD), k)
+        return (
+            by_shard_WQk.transpose(0, 1).reshape(len(queries_QD), self.group.size * k).topk(k, dim=1).values
+        )
+
+    def step(self, learning_rate: float) -> None:
+        """See `ItemTable.step`; needs no exchange, the gradients are here already."""
+        self.store.step(learning_rate)
+
+    def zero_grad(self) -> None:
+        """See `ItemTable.zero_grad`."""
+        self.store.zero_grad()
+
+    def state(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `ItemTable.state`."""
+        return self.store.ids_R, self.store.tensors()
+
+    def assign(self, ids_R: Tensor, tensors: dict[str, Tensor]) -> None:
+        """See `ItemTable.assign`; each worker keeps what it owns and no exchange takes place."""
+        check_ids(ids_R, self.num_rows)
+        ids_R = ids_R.to(self.store.ids_R.device)
+        owned = self.placement.owner(ids_R) == self.group.rank
+        here = {name: values[owned.to(values.device)] for name, values in tensors.items()}
+        self.store.assign(self.placement.slot(ids_R[owned]), here)
+
+
+class _ExchangedRows(torch.autograd.Function):
+    """Rows that others asked for go out, rows that were asked for come in; backward the other way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        anchor: Tensor,
+        slots: Tensor,
+        table: ShardedItemTable,
+        send: list[int],
+        receive: list[int],
+    ) -> Tensor:
+        ctx.table, ctx.send, ctx.receive = table, send, receive
+        ctx.save_for_backward(slots)
+        rows = table.store.weight_RD.index_select(0, slots)
+        return table.group.exchange_rows(rows, receive, send)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None, None]:
+        (slots,) = ctx.saved_tensors
+        table = ctx.table
+        table.store.collect(slots, table.group.exchange_rows(grads[0], ctx.send, ctx.receive))
+        return None, None, None, None, None

@@ -1,0 +1,168 @@
+"""The item table: rows of item vectors that a model reads, trained by an optimizer of their own.
+
+`ItemTable` is the interface, `LocalItemTable` holds every row in this process, `sharded.ShardedItemTable` spreads
+the rows over workers. Both start from the same numbers (a row's first value depends on seed and row alone) and a
+model cannot tell them apart.
+
+Shapes:  V rows (id 0 is padding: always zero, never trained), D width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distributed_mi.core.errors import InputError
+from distributed_mi.embeddings.optimizer import TableOptimizer
+from distributed_mi.embeddings.storage import RowStore, check_ids, check_topk, split_keys
+
+
+class ItemTable(ABC):
+    """Rows of a `[V, D]` float32 table.
+
+    In a group of workers every method is collective: all call it, in the same order.
+    """
+
+    num_rows: int
+    """V, padding included."""
+    dim: int
+    """D."""
+
+    @abstractmethod
+    def lookup(self, *ids: Tensor) -> list[Tensor]:
+        """Rows of several id tensors in one exchange, with gradients.
+
+        Args:
+            ids: int64 tensors of any shapes with values in [0, V).
+
+        Returns:
+            For each, a float32 tensor of its shape plus `[D]`; padding (0) gives zeros without gradient.
+
+        Raises:
+            InputError: an id outside [0, V); the id is named.
+        """
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of one id tensor; see `lookup`."""
+        return self.lookup(ids)[0]
+
+    def logits(self, queries_BD: Tensor, candidate_ids_N: Tensor) -> Tensor:
+        """Inner products `[B, N]` of queries with the rows of shared candidates."""
+        return queries_BD @ self.rows(candidate_ids_N).T
+
+    @abstractmethod
+    def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Exact top-k of the whole catalogue by inner product, for this worker's queries.
+
+        Args:
+            queries_QD: float32; workers may have different Q, also 0.
+            k: at most V - 1.
+
+        Returns:
+            scores_Qk float32 descending and ids_Qk int64; padding is never returned; ties go to the smaller id.
+        """
+
+    @abstractmethod
+    def step(self, learning_rate: float) -> None:
+        """Apply the gradients collected since the last step to the rows they touch, then forget them."""
+
+    @abstractmethod
+    def zero_grad(self) -> None:
+        """Forget the collected gradients."""
+
+    @abstractmethod
+    def state(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """What this worker holds.
+
+        Returns:
+            Ids of its rows `[R]` int64, and name -> tensor whose first axis is those rows (`weight`, and the
+            optimizer's state). The tensors are views, not copies.
+        """
+
+    @abstractmethod
+    def assign(self, ids_R: Tensor, tensors: dict[str, Tensor]) -> None:
+        """Overwrite the rows in `ids_R` that this worker owns from tensors as `state` gives; skip the others."""
+
+
+class LocalItemTable(ItemTable):
+    """The whole table in this process. The reference that `ShardedItemTable` must equal."""
+
+    def __init__(
+        self,
+        num_rows: int,
+        dim: int,
+        *,
+        seed: int = 0,
+        std: float | None = None,
+        optimizer: TableOptimizer | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Make the table; see `RowStore` for the arguments."""
+        check_size(num_rows, dim)
+        self.num_rows, self.dim = num_rows, dim
+        ids = torch.arange(num_rows, dtype=torch.int64)
+        self.store = RowStore(ids, dim, seed=seed, std=std, optimizer=optimizer, device=device)
+        # Gives the rows a gradient function although the table is no parameter of any module.
+        self._anchor = torch.zeros((), device=device, requires_grad=True)
+
+    def lookup(self, *ids: Tensor) -> list[Tensor]:
+        """See `ItemTable.lookup`."""
+        flat = torch.cat([i.reshape(-1) for i in ids])
+        check_ids(flat, self.num_rows)
+        return split_rows(_LocalRows.apply(self._anchor, flat, self.store), ids)
+
+    def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """See `ItemTable.topk`. Never holds more scores than one tile (`storage.TILE_ROWS` by `TILE_QUERIES`)."""
+        check_topk(queries_QD, k, self.num_rows, self.dim)
+        return split_keys(self.store.topk_keys(queries_QD.detach().float(), k))
+
+    def step(self, learning_rate: float) -> None:
+        """See `ItemTable.step`."""
+        self.store.step(learning_rate)
+
+    def zero_grad(self) -> None:
+        """See `ItemTable.zero_grad`."""
+        self.store.zero_grad()
+
+    def state(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `ItemTable.state`."""
+        return self.store.ids_R, self.store.tensors()
+
+    def assign(self, ids_R: Tensor, tensors: dict[str, Tensor]) -> None:
+        """See `ItemTable.assign`."""
+        check_ids(ids_R, self.num_rows)
+        self.store.assign(ids_R, tensors)
+
+
+class _LocalRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, flat: Tensor, store: RowStore) -> Tensor:
+        ctx.store = store
+        ctx.save_for_backward(flat)
+        return store.weight_RD.index_select(0, flat)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        (flat,) = ctx.saved_tensors
+        ctx.store.collect(flat, grads[0])
+        return None, None, None
+
+
+def check_size(num_rows: int, dim: int) -> None:
+    """Refuse a table without items or without width.
+
+    Raises:
+        InputError: fewer than two rows or a width below one.
+    """
+    if num_rows < 2 or dim < 1:
+        raise InputError(
+            f"item table of {num_rows} rows by {dim}: needs padding, at least one item, and a width"
+        )
+
+
+def split_rows(rows: Tensor, ids: Sequence[Tensor]) -> list[Tensor]:
+    """Cut the rows of a joint lookup back into the shapes of its id tensors."""
+    parts = rows.split([i.numel() for i in ids])
+    return [part.view(*i.shape, rows.shape[-1]) for part, i in zip(parts, ids, strict=True)]
