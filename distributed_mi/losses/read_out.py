@@ -1,0 +1,32 @@
+"""Which of a user's interests a target is compared with.
+
+Shapes:  B users, K interests, D width.
+"""
+
+import torch
+from torch import Tensor
+
+
+def hard_read_out(interests_BKD: Tensor, target_rows_BD: Tensor) -> Tensor:
+    """The interest with the largest inner product with the target, `[B, D]`.
+
+    The choice is not differentiated: the other K - 1 interests get no gradient from this user. Ties go to the
+    first.
+    """
+    scores_BK = (interests_BKD.detach() @ target_rows_BD.detach()[:, :, None]).squeeze(2)
+    best_B = scores_BK.argmax(dim=1)
+    return interests_BKD[torch.arange(len(best_B), device=best_B.device), best_B]
+
+
+def soft_read_out(query_BD: Tensor, values_BMD: Tensor, mask_BM: Tensor | None = None) -> Tensor:
+    """Target-aware attention (EIMF, equations 6 and 8): `softmax_m(q . v_m / sqrt(D))`-weighted sum, `[B, D]`.
+
+    Args:
+        query_BD: the target.
+        values_BMD: keys and values.
+        mask_BM: True on real values, at least one per user; None: all are.
+    """
+    scores_BM = (values_BMD @ query_BD[:, :, None]).squeeze(2) / query_BD.shape[1] ** 0.5
+    if mask_BM is not None:
+        scores_BM = scores_BM.masked_fill(~mask_BM, float("-inf"))
+    return (torch.softmax(scores_BM, dim=1)[:, None, :] @ values_BMD).squeeze(1)

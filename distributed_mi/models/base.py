@@ -1,0 +1,208 @@
+"""What every recommender takes and gives; see `tests/contracts/test_models.py` for what is asked of each.
+
+A model is written for one device. It reads item vectors through an `ItemTable` and never asks how many workers hold
+the table. One interface serves single- and multi-interest models: an item's score is the largest inner product over
+the K interests.
+
+Shapes:  B users, L history (left-padded, newest item last), K interests, D width, N negatives, M semantic
+interests, T text width.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from distributed_mi.core.config import ConfigModel
+from distributed_mi.core.errors import InputError
+from distributed_mi.embeddings.table import ItemTable
+
+
+@dataclass(frozen=True)
+class HistoryBatch:
+    """Histories of B users.
+
+    Args:
+        item_ids_BL: int64, left-padded with 0, newest item last.
+        mask_BL: bool, True on real items.
+
+    Raises:
+        InputError: a user without a real item (the row is named).
+    """
+
+    item_ids_BL: Tensor
+    mask_BL: Tensor
+
+    def __post_init__(self) -> None:
+        empty = ~self.mask_BL.any(dim=1)
+        if bool(empty.any()):
+            raise InputError(f"history batch: row {int(empty.nonzero()[0])} has no real item")
+
+
+@dataclass(frozen=True)
+class SemanticBatch:
+    """What the language side knows about B users and their targets; only models with `requires_semantics` get it.
+
+    Args:
+        interests_BMT: float32, text vectors of the interests that each user inherits from its exemplar,
+        zero-padded. interests_mask_BM: bool, True on real interests; at least one per user. target_text_BT:
+        float32, text vector of the target item. negative_text_NT: float32, text vectors of the step's shared
+        negatives.
+    Items without text have zero vectors.
+
+    Raises:
+        InputError: a user without a real interest (the row is named).
+    """
+
+    interests_BMT: Tensor
+    interests_mask_BM: Tensor
+    target_text_BT: Tensor
+    negative_text_NT: Tensor
+
+    def __post_init__(self) -> None:
+        empty = ~self.interests_mask_BM.any(dim=1)
+        if bool(empty.any()):
+            raise InputError(f"semantic batch: row {int(empty.nonzero()[0])} has no semantic interest")
+
+
+def _alone(x: Tensor) -> Tensor:
+    return x
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """One worker's share of a global step.
+
+    Args:
+        history: what the model may read.
+        target_ids_B: int64, the next item of each user.
+        negative_ids_N: int64, shared by all users of the global step (the same on every worker); may repeat and may
+            contain targets.
+        semantics: language side, or None.
+        gather: concatenates a `[B_local, ...]` tensor over the workers of the step, with gradients; identity alone.
+        gather_offset: position of this worker's first row in what `gather` returns.
+        target_log_q_B: log probability of drawing each target as a negative; None: no correction of the logits.
+        negative_log_q_N: the same of each negative; given together with `target_log_q_B`.
+    """
+
+    history: HistoryBatch
+    target_ids_B: Tensor
+    negative_ids_N: Tensor
+    semantics: SemanticBatch | None = None
+    gather: Callable[[Tensor], Tensor] = _alone
+    gather_offset: int = 0
+    target_log_q_B: Tensor | None = None
+    negative_log_q_N: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class UserState:
+    """What `encode` returns.
+
+    Args:
+        interests_BKD: float32, not normalised.
+        attention_BKL: how much each history position feeds each interest, rows summing to 1 over real positions and
+        0 on
+            padding; None when the model has no such weights.
+    """
+
+    interests_BKD: Tensor
+    attention_BKL: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A training loss that does not depend on how a step is cut into workers.
+
+    Args:
+        mean: name -> `[B_local]` values that are averaged over all users of the global step.
+        sum: name -> `[B_local]` values that are summed over all users of the global step (REMI's routing penalty).
+    Weights (lambda, gamma, ...) are already applied. The engine adds everything up.
+    """
+
+    mean: dict[str, Tensor]
+    sum: dict[str, Tensor] = field(default_factory=dict)
+
+    def total(self, num_users_per_step: int) -> Tensor:
+        """This worker's part of the loss; the parts of all workers add up to the loss of the global step."""
+        parts = [v.sum() / num_users_per_step for v in self.mean.values()]
+        parts += [v.sum() for v in self.sum.values()]
+        return torch.stack(parts).sum()
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Item rows of one worker's share of a step, with gradients.
+
+    Args:
+        history_BLD: rows of the histories.
+        target_BD: rows of the targets.
+        negative_ND: rows of the shared negatives.
+    """
+
+    history_BLD: Tensor
+    target_BD: Tensor
+    negative_ND: Tensor
+
+
+class Recommender(nn.Module):
+    """Base of every model. A file exports its subclass as `MODEL`.
+
+    The item table is not a sub-module: its rows are trained by the table's own optimizer and DeepSpeed must not see
+    them.
+    """
+
+    Config: ClassVar[type[ConfigModel]]
+    requires_semantics: ClassVar[bool] = False
+    """Whether `loss` needs a `SemanticBatch` (then the stages embed, exemplars and interests must have run)."""
+    has_loss: ClassVar[bool] = True
+    """False for models that are fitted by counting (`fit_counts`) instead of gradient steps."""
+
+    def __init__(self, config: Any, *, items: ItemTable, max_history: int, text_dim: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.max_history = max_history
+        self.text_dim = text_dim
+        object.__setattr__(self, "items", items)
+
+    items: ItemTable
+
+    @property
+    def num_interests(self) -> int:
+        """K, vectors per user."""
+        raise NotImplementedError
+
+    def encode(self, history: HistoryBatch) -> UserState:
+        """Read a user's interests from a history; all a recommendation needs."""
+        return self.encode_rows(history, self.items.rows(history.item_ids_BL))
+
+    def loss(self, batch: TrainBatch) -> LossTerms:
+        """Loss of one worker's share of a step. All item rows of the step are fetched in one lookup."""
+        return self.loss_from_rows(batch, self.step_rows(batch))[1]
+
+    def forward(self, batch: TrainBatch) -> LossTerms:
+        """Same as `loss`: engines (DDP, DeepSpeed) hook `forward`."""
+        return self.loss(batch)
+
+    def step_rows(self, batch: TrainBatch) -> StepRows:
+        """Every item row that a step needs, in one exchange."""
+        return StepRows(
+            *self.items.lookup(batch.history.item_ids_BL, batch.target_ids_B, batch.negative_ids_N)
+        )
+
+    def encode_rows(self, history: HistoryBatch, history_rows_BLD: Tensor) -> UserState:
+        """`encode` on rows that were fetched already, so that a model built on another shares its lookup."""
+        raise NotImplementedError
+
+    def loss_from_rows(self, batch: TrainBatch, rows: StepRows) -> tuple[UserState, LossTerms]:
+        """`loss` on rows that were fetched already, with what was encoded on the way."""
+        raise NotImplementedError
+
+    def fit_counts(self, num_train_events_V: Tensor) -> None:
+        """Fit from how often each item was interacted with in training; only for models without a loss.
+
+        Collective in a group of workers; each passes the counts of all items.
+        """
+        raise NotImplementedError

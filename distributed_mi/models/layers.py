@@ -1,0 +1,90 @@
+"""Parts that several models are built from.
+
+Shapes:  B users, L history (left-padded, newest item last), K interests, D width, M semantic interests.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def kaiming_normal(*shape: int, fan_in: int) -> nn.Parameter:
+    """A parameter with values from N(0, 2 / fan_in), as REMI's code starts every tensor."""
+    return nn.Parameter(torch.randn(*shape) * math.sqrt(2.0 / fan_in))
+
+
+def masked_mean(rows_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    """Mean over the real items, `[B, D]`; every user has at least one."""
+    weight_BL = mask_BL.to(rows_BLD.dtype)
+    return (weight_BL[:, None, :] @ rows_BLD).squeeze(1) / weight_BL.sum(dim=1, keepdim=True)
+
+
+class RecencyPositions(nn.Module):
+    """A learned vector for each distance from the newest item, so that padding cannot shift positions."""
+
+    def __init__(self, max_history: int, dim: int) -> None:
+        super().__init__()
+        self.by_distance_LD = kaiming_normal(max_history, dim, fan_in=max_history * dim)
+
+    def forward(self, length: int) -> Tensor:
+        """Vectors of a window's slots, `[length, D]`; slots older than the longest history share the last."""
+        limit = self.by_distance_LD.shape[0] - 1
+        distance_L = torch.arange(length - 1, -1, -1, device=self.by_distance_LD.device).clamp_(max=limit)
+        return self.by_distance_LD.index_select(0, distance_L)
+
+
+class AttentivePooling(nn.Module):
+    """Several weighted means of a history: ComiRec's self-attentive interest extraction.
+
+    attention = softmax_L( W2 tanh(W1 (h + p) + b1) ) over real items; interests = attention @ h.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_interests: int,
+        *,
+        attention_dim: int,
+        max_history: int,
+        bias: bool,
+        positions: bool,
+    ) -> None:
+        super().__init__()
+        self.inner_DA = kaiming_normal(dim, attention_dim, fan_in=dim)
+        self.outer_AK = kaiming_normal(attention_dim, num_interests, fan_in=attention_dim)
+        self.inner_bias_A = nn.Parameter(torch.zeros(attention_dim)) if bias else None
+        self.positions = RecencyPositions(max_history, dim) if positions else None
+
+    def forward(self, rows_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """Interests `[B, K, D]` and attention `[B, K, L]`, whose rows sum to 1 and are 0 on padding."""
+        rows_BLD = rows_BLD * mask_BL[:, :, None]
+        keys_BLD = rows_BLD if self.positions is None else rows_BLD + self.positions(rows_BLD.shape[1])
+        hidden_BLA = keys_BLD @ self.inner_DA
+        if self.inner_bias_A is not None:
+            hidden_BLA = hidden_BLA + self.inner_bias_A
+        scores_BLK = (torch.tanh(hidden_BLA) @ self.outer_AK).float()
+        scores_BLK = scores_BLK.masked_fill(~mask_BL[:, :, None], float("-inf"))
+        attention_BKL = torch.softmax(scores_BLK, dim=1).transpose(1, 2)
+        return (attention_BKL @ rows_BLD), attention_BKL
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over a masked set, no positions."""
+
+    def __init__(self, dim: int, *, num_heads: int, residual: bool) -> None:
+        super().__init__()
+        self.num_heads, self.residual = num_heads, residual
+        self.inputs = nn.Linear(dim, 3 * dim)
+        self.output = nn.Linear(dim, dim)
+
+    def forward(self, values_BMD: Tensor, mask_BM: Tensor) -> Tensor:
+        """New vectors `[B, M, D]`; each attends to the real vectors only. What stands at padding has no meaning."""
+        b, m, d = values_BMD.shape
+        qkv = self.inputs(values_BMD).view(b, m, 3, self.num_heads, d // self.num_heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask_BM[:, None, None, :]
+        )
+        out_BMD = self.output(mixed.transpose(1, 2).reshape(b, m, d))
+        return values_BMD + out_BMD if self.residual else out_BMD
