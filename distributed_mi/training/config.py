@@ -1,0 +1,124 @@
+"""Configuration of training: `[train]` changes the result, `[scaling]` does not."""
+
+import os
+from typing import ClassVar, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from distributed_mi.core.config import Component, ConfigModel, runtime
+from distributed_mi.embeddings.config import TableOptimizerConfig
+from distributed_mi.losses.config import NegativesConfig
+
+
+class ModelChoice(Component):
+    """Which recommender, with its own fields beside the name (`[train.model] name = "remi"`)."""
+
+    kind: ClassVar[str] = "model"
+
+    name: str = "remi"
+    """File name under `distributed_mi/models`, or `package.module:Class` for one of your own."""
+
+
+class TableConfig(TableOptimizerConfig):
+    """The item table: its first values and how its rows are trained."""
+
+    learning_rate: PositiveFloat | None = None
+    """Step size of the rows. None: `train.learning_rate`."""
+    init_std: PositiveFloat | None = None
+    """Standard deviation of the first values of a row. None: sqrt(2 / dim), as in REMI's code (0.177 at dim 64)."""
+
+
+class EngineConfig(ConfigModel):
+    """What trains the dense parameters. The item table is trained beside it and never enters it."""
+
+    name: Literal["deepspeed", "ddp"] = "deepspeed"
+    """`deepspeed`; `ddp` is plain torch with one all-reduce of the dense gradients a step. Same losses to
+    rounding."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """DeepSpeed only. What is spread over workers: 0 nothing, 1 optimizer states, 2 gradients too. 0 needs one
+    collective a step where 1 needs two, which suits the small dense nets of recommenders; raise it when the dense part
+    fills a GPU."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: matrix products of the model in bfloat16 (autocast); parameters, table and optimizers stay
+    float32."""
+    gradient_clipping: NonNegativeFloat = 0.0
+    """Largest norm of all dense gradients of a step together; 0 is off. Table rows are not clipped."""
+    accumulation: PositiveInt = 1
+    """Parts into which each worker cuts its share of a step, to save memory. Loss terms that look at other users of
+    the step see those of the same part only."""
+
+
+class TrainConfig(ConfigModel):
+    """Model, loss, optimizer, schedule and seed of one run."""
+
+    run: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run, under which `train/<run>` and `evaluate/<run>` are kept. None: the model's name."""
+    model: ModelChoice = ModelChoice()
+    """The recommender and its fields."""
+    seed: int = 2021
+    """Seed of everything random: first values, batches, negatives, dropout."""
+    dim: PositiveInt = 64
+    """D, width of item vectors and interests."""
+    max_history: PositiveInt = 20
+    """L, newest items of a history that the model reads."""
+    max_steps: PositiveInt = 100_000
+    """Steps at most; early stopping usually ends a run sooner."""
+    num_users_per_step: PositiveInt = 128
+    """Users of a step over all workers; each worker takes its share, so the number of workers does not change
+    results."""
+    min_position: PositiveInt = 4
+    """First position (from 0) that may be a target, so a target has at least this many items before it."""
+    learning_rate: PositiveFloat = 1e-3
+    """Step size of Adam for dense parameters, and of the table unless it has its own."""
+    table: TableConfig = TableConfig()
+    """First values and optimizer of the item table."""
+    negatives: NegativesConfig = NegativesConfig()
+    """The items that targets are compared with."""
+    engine: EngineConfig = EngineConfig()
+    """What trains the dense parameters."""
+    validate_every: PositiveInt = 500
+    """Steps between two validations; the last step is validated too."""
+    validation_metric: str = "recall@50"
+    """Metric on validation users that picks the best checkpoint; higher is better."""
+    patience: NonNegativeInt = 20
+    """Validations in a row without improvement after which training stops; 0 never stops early."""
+    checkpoint_every: PositiveInt = runtime(500)
+    """Steps between two checkpoints: what a killed run loses at most. Improved validations are kept too."""
+    keep_checkpoints: PositiveInt = runtime(2)
+    """Newest checkpoints to keep; the best one is kept besides."""
+    log_every: PositiveInt = runtime(50)
+    """Steps between two lines of `metrics.jsonl`; losses are checked for NaN at this interval."""
+
+    @property
+    def run_name(self) -> str:
+        """`run`, or else the model's name."""
+        return self.run or self.model.name.rsplit(":", 1)[-1]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class ScalingConfig(ConfigModel):
+    """Workers and what each holds. Steps count users over all workers, so nothing here changes results."""
+
+    num_workers: PositiveInt | None = runtime(None)
+    """Training workers. None: 2 where two cores exist, else 1. One worker runs in this process, without Ray."""
+    gpus_per_worker: NonNegativeFloat = runtime(0.0)
+    """GPUs of each worker; above 0 the workers talk through NCCL, else through gloo."""
+    cpus_per_worker: PositiveFloat = runtime(1.0)
+    """Logical CPUs that Ray reserves for each worker."""
+    threads_per_worker: PositiveInt | None = runtime(None)
+    """Threads of torch in each worker. None: the machine's cores divided by the workers on it."""
+    max_failures: NonNegativeInt = runtime(3)
+    """Restarts after a worker died; each resumes from the newest complete checkpoint."""
+
+    @property
+    def workers(self) -> int:
+        """`num_workers`, or its default on this machine."""
+        return self.num_workers or (2 if available_cores() >= 2 else 1)
+
+    def threads(self, local_workers: int) -> int:
+        """Threads of torch in a worker that shares its machine with `local_workers - 1` others."""
+        return self.threads_per_worker or max(1, available_cores() // local_workers)

@@ -1,0 +1,353 @@
+"""The train stage, and how work reaches several workers.
+
+With one worker the work runs in the calling process and Ray is not touched. With more, Ray Train starts the workers,
+connects them through torch.distributed, and starts them again when one dies. What continues after that is decided
+by this project's checkpoints alone (`checkpoint.py`): nothing is lost between a checkpoint and Ray's notice of it.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.fs as pafs
+import torch
+
+from distributed_mi.core import errors
+from distributed_mi.core import logging as project_logging
+from distributed_mi.core.artifacts import (
+    Manifest,
+    StageKey,
+    StageRun,
+    Workspace,
+    resolve_url,
+    write_bytes,
+)
+from distributed_mi.core.config import content_hash
+from distributed_mi.core.errors import ConfigError, DistributedMIError, StageError
+from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.training.checkpoint import read_manifest
+from distributed_mi.training.config import ScalingConfig, TrainConfig
+from distributed_mi.training.follow import Follow, following
+from distributed_mi.training.loop import ValidateFn
+from distributed_mi.training.semantics import STAGES as SEMANTIC_STAGES
+from distributed_mi.training.worker import TrainWorker, fit_counts
+
+logger = logging.getLogger(__name__)
+
+WorkerFn = Callable[[dict[str, Any], WorkerGroup], dict[str, Any]]
+"""`fn(payload, group) -> dict`, called on every worker; picklable by cloudpickle."""
+
+_ERROR_FILE = "error.json"
+
+
+def run(
+    config: TrainConfig,
+    scaling: ScalingConfig,
+    workspace: Workspace,
+    *,
+    validate: ValidateFn,
+    start_ray: Callable[[], None],
+) -> Manifest:
+    """Train one recommender, continue a training that was killed, or return at once when it is done.
+
+    Leaves in the generation: `config.json`, `metrics.jsonl`, `checkpoints/`, and `model/`, the best checkpoint
+    without optimizer state.
+
+    Args:
+        config: the run.
+        scaling: workers; changes no result.
+        workspace: with prepare complete, and embed, exemplars and interests for a model with `requires_semantics`.
+        validate: metrics of a model on the validation users, identical on all workers.
+        start_ray: makes sure that Ray is up; called only when several workers are needed.
+
+    Returns:
+        The stage's manifest; its stats hold the best step, its metrics, users per second and a summary of the
+        losses.
+
+    Raises:
+        WorkspaceError: an earlier stage is not complete. ConfigError: a field of the model is wrong.
+        CheckpointError: the checkpoint to continue from is damaged. StageError: a loss is not finite, or workers
+        died too often.
+    """
+    name = f"train/{config.run_name}"
+    owner = config.model.resolve()
+    stages = ("prepare", *(SEMANTIC_STAGES if owner.requires_semantics else ()))
+    inputs = {stage: workspace.stage(stage).require().identity for stage in stages}
+    stage_run = workspace.stage(name).open(StageKey(name, inputs, config.result_fields()))
+    if stage_run.manifest is not None:
+        return stage_run.manifest
+    write_bytes(stage_run.fs, stage_run.path("config.json"), _config_json(config))
+    if owner.has_loss:
+        stats = _train(config, scaling, workspace, stage_run, validate, start_ray)
+    else:
+        stats = fit_counts(config, workspace, stage_run.root, validate)
+    model = read_manifest(stage_run.fs, stage_run.path("model"))
+    stats["content"] = content_hash(model.files)
+    return stage_run.commit(rows={"items": int(stats["table_rows"]) - 1}, stats=stats)
+
+
+def _train(
+    config: TrainConfig,
+    scaling: ScalingConfig,
+    workspace: Workspace,
+    stage_run: StageRun,
+    validate: ValidateFn,
+    start_ray: Callable[[], None],
+) -> dict[str, Any]:
+    logger.info(
+        "train %s: %s on %d worker(s), %d users a step, at most %s steps%s",
+        config.run_name,
+        config.model.name,
+        scaling.workers,
+        config.num_users_per_step,
+        f"{config.max_steps:,}",
+        "; continuing" if stage_run.resumed else "",
+    )
+    payload = {"workspace": workspace.absolute_url, "generation": stage_run.root}
+    follow = Follow(f"train {config.run_name}", config.max_steps, "steps")
+    return run_on_workers(TrainWorker(config, validate), scaling, start_ray, payload, follow=follow)
+
+
+def run_on_workers(
+    fn: WorkerFn,
+    scaling: ScalingConfig,
+    start_ray: Callable[[], None],
+    payload: dict[str, Any],
+    *,
+    follow: Follow | None = None,
+) -> dict[str, Any]:
+    """Run `fn(payload, group)` on every worker.
+
+    Args:
+        fn: the work; collective over `group`, safe to start again after a kill.
+        scaling: how many workers, with what. One: in this process, without Ray.
+        start_ray: makes sure that Ray is up.
+        payload: handed to every worker. Its `workspace` (a URL), if any, gets a folder for Ray's own files while
+        the workers
+            run, which machines of a cluster must share; without one that folder is temporary and local.
+        follow: show a bar here that follows what worker 0 writes to the file `payload["progress"]`, which is added
+            when there are several workers.
+
+    Returns:
+        What worker 0 returned.
+
+    Raises:
+        DistributedMIError: as raised by a worker; not retried. StageError: workers died more often than
+            `scaling.max_failures`.
+    """
+    if scaling.workers == 1:
+        with _torch_threads(scaling.threads(1)):
+            return fn(payload, WorkerGroup.alone(_device(scaling)))
+    start_ray()
+    with _shared_folder(payload) as folder:
+        if follow is None:
+            return _run_on_ray(fn, scaling, payload, folder)
+        progress = f"{folder}/progress.json"
+        with following(progress, follow):
+            return _run_on_ray(fn, scaling, payload | {"progress": progress}, folder)
+
+
+def _config_json(config: TrainConfig) -> bytes:
+    values = config.model_dump(mode="json") | {"model": config.model.result_fields()}
+    return json.dumps(values, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def _device(scaling: ScalingConfig) -> torch.device:
+    if scaling.gpus_per_worker <= 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"scaling.gpus_per_worker is {scaling.gpus_per_worker:g} but torch sees no GPU; set it to 0"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@contextmanager
+def _torch_threads(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _shared_folder(payload: dict[str, Any]) -> Iterator[str]:
+    """A folder that all workers can write, removed at the end."""
+    if "workspace" in payload:
+        workspace = Workspace(payload["workspace"])
+        name = f".ray-{uuid.uuid4().hex[:8]}"
+        try:
+            yield f"{workspace.absolute_url}/{name}"
+        finally:
+            if workspace.fs.get_file_info(f"{workspace.root}/{name}").type == pafs.FileType.Directory:
+                workspace.fs.delete_dir(f"{workspace.root}/{name}")
+        return
+    folder = tempfile.mkdtemp(prefix="distributed-mi-")
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@dataclass(frozen=True)
+class _RayWorker:
+    """The function that Ray Train calls in each worker process."""
+
+    fn: WorkerFn
+    scaling: ScalingConfig
+    payload: dict[str, Any]
+    folder: str
+    directory: str
+    """Current directory of the driver, for relative paths."""
+
+    def __call__(self) -> dict[str, Any]:
+        """Run the work; leave a message for the driver when it fails for a reason that a restart cannot cure."""
+        from ray import train
+
+        if _read_error(self.folder) is not None:
+            return {}  # a restart after such a failure: nothing to do
+        _log_in_worker()
+        if os.path.isdir(self.directory):
+            os.chdir(self.directory)
+        torch.set_num_threads(self.scaling.threads(train.get_context().get_local_world_size()))
+        group = WorkerGroup.from_torch()
+        try:
+            return self.fn(self.payload, group)
+        except DistributedMIError as error:
+            # The other workers may be waiting for this one in a collective. The raise ends the group; the message,
+            # which Ray would wrap, reaches the driver through this file.
+            _write_error(self.folder, error)
+            raise
+
+
+def _run_on_ray(fn: WorkerFn, scaling: ScalingConfig, payload: dict[str, Any], folder: str) -> dict[str, Any]:
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    class Trainer(TorchTrainer):
+        """Without an actor that is of no use where Ray runs without a dashboard, and writes a warning every second."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+            unwanted = set() if _has_state_api() else {"PlacementGroupCleanerCallback"}
+            return [c for c in callbacks if type(c).__name__ not in unwanted]
+
+    api: Any = ray.train  # typed as version 1, which RAY_TRAIN_V2_ENABLED replaces at import
+    _warn_if_too_small(scaling)
+    if (
+        len(ray.nodes()) == 1
+    ):  # a private Ray: no node is taken away with notice, so nobody has to watch for it
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    fs, path = resolve_url(folder)
+    resources = {"CPU": scaling.cpus_per_worker}
+    if scaling.gpus_per_worker:
+        resources["GPU"] = scaling.gpus_per_worker
+    function: Any = _as_function(_RayWorker(fn, scaling, payload, folder, os.getcwd()))
+    trainer = Trainer(
+        function,
+        torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
+        scaling_config=api.ScalingConfig(
+            num_workers=scaling.workers,
+            use_gpu=scaling.gpus_per_worker > 0,
+            resources_per_worker=resources,
+        ),
+        run_config=api.RunConfig(
+            name="workers",
+            storage_path=path,
+            storage_filesystem=fs,
+            failure_config=api.FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=2),
+            logging_config=api.LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        result: Any = trainer.fit()
+    except TrainingFailedError as error:
+        _raise_error(folder)
+        raise StageError(
+            f"the workers failed {scaling.max_failures + 1} times (scaling.max_failures {scaling.max_failures}). "
+            f"Run the same command again to continue from the newest checkpoint. Last failure: {error}"
+        ) from error
+    _raise_error(folder)
+    if not isinstance(result.return_value, dict):
+        raise StageError(f"worker 0 returned {result.return_value!r}, must be a dict")
+    return result.return_value
+
+
+def _log_in_worker() -> None:
+    """Ray Train has given the root logger its handlers already; a second one would print every line twice."""
+    if logging.getLogger().handlers:
+        logging.getLogger("distributed_mi").setLevel(os.environ.get("DMI_LOG_LEVEL", "INFO"))
+    else:
+        project_logging.setup()
+
+
+def _as_function(worker: _RayWorker) -> Callable[[], dict[str, Any]]:
+    """Ray Train wants a function, not a callable object."""
+
+    def train_function() -> dict[str, Any]:
+        return worker()
+
+    return train_function
+
+
+def _has_state_api() -> bool:
+    """Whether Ray's dashboard answers."""
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        list_nodes(limit=1, timeout=5)
+    except (RayStateApiException, ConnectionError):
+        return False
+    return True
+
+
+def _warn_if_too_small(scaling: ScalingConfig) -> None:
+    import ray
+
+    needed = scaling.workers * scaling.cpus_per_worker
+    there = ray.cluster_resources().get("CPU", 0.0)
+    if there < needed:
+        logger.warning(
+            "%d workers of %g CPUs each need %g logical CPUs; the cluster has %g and may have to grow",
+            scaling.workers,
+            scaling.cpus_per_worker,
+            needed,
+            there,
+        )
+
+
+def _write_error(folder: str, error: DistributedMIError) -> None:
+    fs, path = resolve_url(folder)
+    data = json.dumps({"class": type(error).__name__, "message": str(error)}).encode()
+    write_bytes(fs, f"{path}/{_ERROR_FILE}", data)
+
+
+def _read_error(folder: str) -> dict[str, str] | None:
+    fs, path = resolve_url(folder)
+    if fs.get_file_info(f"{path}/{_ERROR_FILE}").type != pafs.FileType.File:
+        return None
+    with fs.open_input_stream(f"{path}/{_ERROR_FILE}") as stream:
+        found: dict[str, str] = json.loads(stream.read())
+    return found
+
+
+def _raise_error(folder: str) -> None:
+    """Raise what a worker left."""
+    found = _read_error(folder)
+    if found is None:
+        return
+    kind = getattr(errors, found["class"], StageError)
+    raise kind(found["message"])

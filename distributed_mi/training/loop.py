@@ -1,0 +1,264 @@
+"""The training loop: steps, validation, early stopping, checkpoints, `metrics.jsonl`. Knows no Ray.
+
+One process of a group runs this beside the others, in lockstep; what is decided (best, stop) is decided from
+numbers that all of them have. The order of work after a step is fixed: losses, then validation, then checkpoint. So
+a checkpoint knows the validation of its own step, and a run that continues from it does exactly what the
+undisturbed run did.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import pyarrow.fs as pafs
+import torch
+from torch import Tensor
+
+from distributed_mi.core.artifacts import write_bytes
+from distributed_mi.core.errors import StageError
+from distributed_mi.core.seeding import stream_key
+from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.embeddings.table import ItemTable
+from distributed_mi.models.base import Recommender, TrainBatch
+from distributed_mi.training.checkpoint import CheckpointStore, ModelSpec
+from distributed_mi.training.config import TrainConfig
+from distributed_mi.training.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+ValidateFn = Callable[[Recommender, WorkerGroup], dict[str, float]]
+"""Metrics of a model on validation users, identical on all workers. Collective. Travels to workers by
+cloudpickle."""
+
+
+class StepSource(Protocol):
+    """Where the batches come from."""
+
+    num_users: int
+    """Users of a global step."""
+
+    def __call__(self, step: int) -> Sequence[TrainBatch]:
+        """This worker's share of a step, in `accumulation` parts."""
+
+
+class ProgressBar(Protocol):
+    """What the loop reports to; see `core.progress.Bar`."""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Count finished steps."""
+
+
+@dataclass
+class TrainState:
+    """What the loop remembers between steps; stands in every checkpoint."""
+
+    step: int = 0
+    """Finished steps."""
+    best_step: int = 0
+    """Step of the best validation; 0 before the first."""
+    best_metric: float | None = None
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    """All metrics of the best validation."""
+    validations_without_gain: int = 0
+    stop_reason: str = ""
+    """Why training ended; empty while it goes on."""
+    train_seconds: float = 0.0
+    """Spent in steps, without validation and checkpoints, over all attempts."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts that a loop drives."""
+
+    model: Recommender
+    spec: ModelSpec
+    table: ItemTable
+    engine: Engine
+    group: WorkerGroup
+    batches: StepSource
+    validate: ValidateFn
+    store: CheckpointStore
+    bar: ProgressBar
+
+
+class Trainer:
+    """Trains until the budget or the patience ends; `train` may be called again after any interruption."""
+
+    def __init__(self, config: TrainConfig, run: Run, *, fs: pafs.FileSystem, metrics_path: str) -> None:
+        self.config, self.run = config, run
+        self.log = MetricsLog(fs, metrics_path, writes=run.group.rank == 0)
+        self.state = TrainState()
+        self._pending: list[Tensor] = []
+        self._pending_since = 0.0
+
+    def train(self) -> TrainState:
+        """Resume from the newest complete checkpoint, if any, and train to the end.
+
+        Returns:
+            The final state; `best_step` has a checkpoint.
+
+        Raises:
+            StageError: a loss is not finite; names the step and the last good checkpoint. CheckpointError: the
+                checkpoint to resume from is damaged.
+        """
+        self._resume()
+        with torch.random.fork_rng(devices=[]):
+            while not self.state.stop_reason:
+                self._advance()
+        return self.state
+
+    def _resume(self) -> None:
+        manifest = self.run.store.newest()
+        if manifest is None:
+            self.log.truncate(0)
+            return
+        self.run.store.restore(manifest, self.run.engine, self.run.table)
+        self.state = TrainState(**manifest.state)
+        self.log.truncate(self.state.step)
+        self.run.bar.advance(self.state.step)
+        if self.run.group.rank == 0:
+            logger.info("continuing from the checkpoint of step %s", f"{self.state.step:,}")
+
+    def _advance(self) -> None:
+        config, state = self.config, self.state
+        self.step()
+        last = state.step >= config.max_steps
+        validation_due = last or state.step % config.validate_every == 0
+        checkpoint_due = last or state.step % config.checkpoint_every == 0
+        if validation_due or checkpoint_due or state.step % config.log_every == 0:
+            self._flush_losses()
+        improved = self._validate() if validation_due else False
+        if last and not state.stop_reason:
+            state.stop_reason = "max_steps"
+        if checkpoint_due or improved or state.stop_reason:
+            self._checkpoint()
+
+    def step(self) -> None:
+        """One step, without looking at its loss, validation or checkpoint."""
+        config, run, state = self.config, self.run, self.state
+        if not self._pending:
+            self._pending_since = time.monotonic()
+        # Dropout is a function of (seed, worker, step) like everything else, so a resumed run draws the same masks.
+        torch.manual_seed((stream_key(config.seed, f"dropout/{run.group.rank}") + state.step) % (1 << 63))
+        run.model.train()
+        terms = run.engine.step(run.batches(state.step), run.batches.num_users)
+        run.table.step(config.table.learning_rate or config.learning_rate)
+        self._pending.append(terms)
+        state.step += 1
+
+    def _flush_losses(self) -> None:
+        """Sum the steps' losses over workers in one exchange, check them, log their mean."""
+        if not self._pending:
+            return
+        local_ST = torch.stack(self._pending).to(self.run.group.device)
+        losses_ST = self.run.group.all_reduce_sum(local_ST).cpu()
+        self._pending.clear()
+        steps, names = len(losses_ST), self.run.engine.term_names
+        self._refuse_not_finite(losses_ST, names)
+        seconds = time.monotonic() - self._pending_since
+        self.state.train_seconds += seconds
+        users_per_s = steps * self.run.batches.num_users / max(seconds, 1e-9)
+        terms = {n: float(v) for n, v in zip(names, losses_ST.double().mean(0), strict=True)}
+        loss = sum(terms.values())
+        self.log.append(
+            "train", self.state, loss=loss, terms=terms, steps=steps, users_per_s=round(users_per_s, 1)
+        )
+        best = "" if self.state.best_metric is None else f", best {self._best_text()}"
+        self.run.bar.advance(steps, f"loss {loss:.4f}, {users_per_s:,.0f} users/s{best}")
+
+    def _refuse_not_finite(self, losses_ST: Tensor, names: list[str]) -> None:
+        bad = (~torch.isfinite(losses_ST)).any(dim=1).nonzero().flatten()
+        if not len(bad):
+            return
+        row = losses_ST[int(bad[0])]
+        step = self.state.step - len(losses_ST) + int(bad[0]) + 1
+        values = ", ".join(f"{n} {float(v):g}" for n, v in zip(names, row, strict=True))
+        kept = self.run.store.newest()
+        where = f"the checkpoint of step {kept.step} is good" if kept else "there is no checkpoint yet"
+        self.log.write()
+        raise StageError(
+            f"train: the loss of step {step} is not finite ({values}); {where} and nothing was written after it. "
+            "Lower train.learning_rate, or set train.engine.gradient_clipping, and run again."
+        )
+
+    def _validate(self) -> bool:
+        """Run a validation; True when it is the best so far."""
+        config, state = self.config, self.state
+        started = time.monotonic()
+        self.run.model.eval()
+        with torch.no_grad():
+            metrics = self.run.validate(self.run.model, self.run.group)
+        value = metrics.get(config.validation_metric)
+        if value is None or not math.isfinite(value):
+            raise StageError(
+                f"train: validation gave {value} for train.validation_metric {config.validation_metric!r}; "
+                f"it measured {', '.join(metrics) or 'nothing'}"
+            )
+        improved = state.best_metric is None or value > state.best_metric
+        if improved:
+            state.best_step, state.best_metric, state.best_metrics = state.step, value, dict(metrics)
+            state.validations_without_gain = 0
+        else:
+            state.validations_without_gain += 1
+            if config.patience and state.validations_without_gain >= config.patience:
+                state.stop_reason = "patience"
+        self.log.append(
+            "validation",
+            state,
+            metrics=metrics,
+            best_step=state.best_step,
+            seconds=round(time.monotonic() - started, 3),
+        )
+        if self.run.group.rank == 0:
+            note = "best so far" if improved else f"best {self._best_text()}"
+            logger.info("step %s: %s %.4f (%s)", f"{state.step:,}", config.validation_metric, value, note)
+        return improved
+
+    def _checkpoint(self) -> None:
+        run, state = self.run, self.state
+        self.log.write()
+        run.store.save(state.step, run.spec, run.engine, run.table, asdict(state))
+        run.store.prune(self.config.keep_checkpoints, also=[state.best_step])
+
+    def _best_text(self) -> str:
+        return (
+            f"{self.config.validation_metric} {self.state.best_metric:.4f} at step {self.state.best_step:,}"
+        )
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, `kind` train or validation, in step order.
+
+    Kept in memory and written whole, because object stores cannot append; worker 0 writes.
+    """
+
+    def __init__(self, fs: pafs.FileSystem, path: str, *, writes: bool) -> None:
+        self.fs, self.path, self.writes = fs, path, writes
+        self.lines: list[dict[str, Any]] = []
+
+    def append(self, kind: str, state: TrainState, **values: Any) -> None:
+        """Add a line for the current step."""
+        train_seconds = round(state.train_seconds, 3)
+        self.lines.append({"kind": kind, "step": state.step, **values, "train_seconds": train_seconds})
+
+    def truncate(self, step: int) -> None:
+        """Take over what an earlier attempt wrote up to a step; the rest will be done again."""
+        self.lines = [line for line in read_metrics(self.fs, self.path) if line["step"] <= step]
+
+    def write(self) -> None:
+        """Replace the file."""
+        if self.writes:
+            text = "".join(json.dumps(line) + "\n" for line in self.lines)
+            write_bytes(self.fs, self.path, text.encode())
+
+
+def read_metrics(fs: pafs.FileSystem, path: str) -> list[dict[str, Any]]:
+    """Lines of a `metrics.jsonl`; none when there is no file."""
+    if fs.get_file_info(path).type != pafs.FileType.File:
+        return []
+    with fs.open_input_stream(path) as stream:
+        return [json.loads(line) for line in stream.read().decode().splitlines()]

@@ -1,0 +1,173 @@
+"""The train stage on one worker: what it leaves, when it runs again, what it refuses. No Ray."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distributed_mi.core.artifacts import Workspace
+from distributed_mi.core.errors import ConfigError, InputError, WorkspaceError
+from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.training import launcher
+from distributed_mi.training.checkpoint import load_model
+from distributed_mi.training.config import ScalingConfig, TrainConfig
+from tests.unit.training.workspaces import HitsOfLastItem, add_semantics, make_prepared, tiny_config
+
+ALONE = ScalingConfig(num_workers=1, threads_per_worker=1)
+
+
+def no_ray() -> None:
+    raise AssertionError("one worker must not need Ray")
+
+
+def train(workspace: Workspace, config: TrainConfig, **values: Any) -> Any:
+    return launcher.run(
+        config,
+        values.get("scaling", ALONE),
+        workspace,
+        validate=values.get("validate") or HitsOfLastItem(workspace, config.max_history),
+        start_ray=no_ray,
+    )
+
+
+def test_a_run_learns_and_leaves_model_metrics_and_configuration(tmp_path: Path) -> None:
+    workspace = make_prepared(tmp_path)
+    config = tiny_config(max_steps=100)
+    manifest = train(workspace, config)
+    assert manifest.rows == {"items": 60}
+    stats = manifest.stats
+    assert stats["steps"] == 100
+    assert stats["best_value"] > 0.35  # guessing finds one of 60 items among 10 in a sixth of the cases
+    assert stats["loss"]["last"] < stats["loss"]["first"]
+    assert stats["users_per_s"] > 0
+    root = Path(workspace.stage("train/remi").path())
+    assert sorted(p.name for p in root.iterdir()) == ["checkpoints", "config.json", "metrics.jsonl", "model"]
+    assert json.loads((root / "config.json").read_text())["model"]["num_interests"] == 2
+
+    model = load_model(workspace.fs, str(root / "model"))
+    with torch.no_grad():
+        again = HitsOfLastItem(workspace, config.max_history)(model, WorkerGroup.alone())
+    assert again["recall@50"] == stats["best_value"]
+
+
+def test_the_same_configuration_is_skipped_and_another_is_trained(tmp_path: Path) -> None:
+    workspace = make_prepared(tmp_path)
+    config = tiny_config(max_steps=4, validate_every=2)
+    first = train(workspace, config)
+    assert train(workspace, config, validate=no_ray).created == first.created
+    runtime = config.model_copy(update={"log_every": 3, "keep_checkpoints": 1})
+    assert train(workspace, runtime, validate=no_ray).generation == first.generation
+    other = train(workspace, config.model_copy(update={"seed": 1}))
+    assert other.generation != first.generation
+    assert other.stats["content"] != first.stats["content"]
+
+
+def test_two_runs_with_one_seed_are_equal(tmp_path: Path) -> None:
+    config = tiny_config(max_steps=10)
+    one = train(make_prepared(tmp_path / "a"), config)
+    two = train(make_prepared(tmp_path / "b"), config)
+    assert one.stats["content"] == two.stats["content"]
+
+
+def test_a_killed_run_continues_in_its_generation(tmp_path: Path) -> None:
+    workspace = make_prepared(tmp_path / "a")
+    config = tiny_config(max_steps=40)
+    validate = HitsOfLastItem(workspace, config.max_history)
+    calls = []
+
+    def killing(model: Any, group: WorkerGroup) -> dict[str, float]:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return validate(model, group)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(workspace, config, validate=killing)
+    assert workspace.stage("train/remi").manifest() is None
+    manifest = train(workspace, config)
+    undisturbed = train(make_prepared(tmp_path / "b"), config)
+    assert manifest.stats["content"] == undisturbed.stats["content"]
+    assert manifest.stats["validation"] == undisturbed.stats["validation"]
+
+
+def test_most_popular_is_counted_without_steps(tmp_path: Path) -> None:
+    workspace = make_prepared(tmp_path)
+    manifest = train(
+        workspace, tiny_config(model={"name": "most_popular"}), scaling=ScalingConfig(num_workers=2)
+    )
+    assert manifest.stats["stopped"] == "counted"
+    model = load_model(workspace.fs, workspace.stage("train/most_popular").path("model"))
+    catalogue = workspace.stage("prepare").read("catalogue", "catalogue")
+    counts = catalogue.column("num_train_events").to_pylist()
+    scores, ids = model.items.topk(torch.eye(1, 16), 3)
+    best = sorted(range(60), key=lambda i: (-counts[i], i))[:3]
+    assert ids.tolist() == [[i + 1 for i in best]]
+    assert scores.tolist() == [[float(counts[i]) for i in best]]
+
+
+@pytest.mark.parametrize("name", ["youtube_dnn", "comirec_sa"])
+def test_other_models_train(tmp_path: Path, name: str) -> None:
+    manifest = train(
+        make_prepared(tmp_path), tiny_config(model={"name": name}, max_steps=6, validate_every=3)
+    )
+    assert manifest.stats["steps"] == 6
+    assert manifest.stage == f"train/{name}"
+
+
+def test_negatives_with_log_q_correction_train(tmp_path: Path) -> None:
+    negatives = {"name": "popularity", "num_negatives": 24, "log_q": True}
+    manifest = train(make_prepared(tmp_path), tiny_config(negatives=negatives, max_steps=30))
+    assert manifest.stats["loss"]["last"] < manifest.stats["loss"]["first"]
+
+
+def test_a_model_with_semantics_needs_the_stages_and_depends_on_them(tmp_path: Path) -> None:
+    workspace = make_prepared(tmp_path)
+    config = tiny_config(model={"name": "eimf"}, max_steps=6, validate_every=3)
+    with pytest.raises(WorkspaceError, match="no complete stage embed"):
+        train(workspace, config)
+    add_semantics(workspace)
+    manifest = train(workspace, config)
+    assert sorted(manifest.inputs) == ["embed", "exemplars", "interests", "prepare"]
+    model = load_model(workspace.fs, workspace.stage("train/eimf").path("model"))
+    assert model.text_dim == 6
+
+
+def test_a_step_too_small_for_its_parts_is_refused(tmp_path: Path) -> None:
+    config = tiny_config(num_users_per_step=2, engine={"name": "ddp", "accumulation": 3})
+    with pytest.raises(ConfigError, match="a step needs at least 3"):
+        train(make_prepared(tmp_path), config)
+
+
+def test_users_without_targets_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="min_position"):
+        train(make_prepared(tmp_path), tiny_config(min_position=50))
+
+
+def test_a_misspelt_field_of_the_model_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean num_interests"):
+        train(make_prepared(tmp_path), tiny_config(model={"name": "remi", "num_interest": 3}))
+
+
+def test_prepare_must_be_complete(tmp_path: Path) -> None:
+    with pytest.raises(WorkspaceError, match="no complete stage prepare"):
+        launcher.run(tiny_config(), ALONE, Workspace(str(tmp_path)), validate=no_ray, start_ray=no_ray)
+
+
+def test_scaling_stays_out_of_the_hash_and_the_engine_in_it() -> None:
+    assert ScalingConfig(num_workers=7).result_fields() == {}
+    engines = [
+        TrainConfig.model_validate({"engine": {"name": n}}).result_fields() for n in ("ddp", "deepspeed")
+    ]
+    assert engines[0] != engines[1]
+
+
+def test_one_worker_runs_here_with_its_threads() -> None:
+    def work(payload: dict[str, Any], group: WorkerGroup) -> dict[str, Any]:
+        return {"size": group.size, "threads": torch.get_num_threads(), **payload}
+
+    before = torch.get_num_threads()
+    scaling = ScalingConfig(num_workers=1, threads_per_worker=1)
+    assert launcher.run_on_workers(work, scaling, no_ray, {"x": 1}) == {"size": 1, "threads": 1, "x": 1}
+    assert torch.get_num_threads() == before
