@@ -1,0 +1,290 @@
+"""The command line. Heavy libraries are imported inside the commands, so that `--help` answers at once."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from distributed_mi import __version__
+from distributed_mi.core.errors import DistributedMIError
+
+if TYPE_CHECKING:
+    from distributed_mi.pipeline import Outcome, Pipeline
+
+STAGE_HELP = {
+    "prepare": "Turn raw logs into a catalogue and time-ordered sequences (Ray Data).",
+    "embed": "Encode titles and histories with a BERT encoder (Ray Data actor pool).",
+    "exemplars": "Choose exemplar users by affinity propagation.",
+    "interests": "Write the exemplars' interests with key phrases or a vLLM engine pool, and encode them.",
+    "train": "Train the model of the `train` table (Ray Train, DeepSpeed, row-sharded item table).",
+    "evaluate": "Rank the whole catalogue for the held-out users and write the report.",
+}
+
+STAGE_TABLES = {
+    "prepare": ("data",),
+    "embed": ("embed",),
+    "exemplars": ("exemplars",),
+    "interests": ("interests",),
+    "train": ("train", "scaling"),
+    "evaluate": ("evaluate", "scaling"),
+    "run": (
+        "workspace",
+        "data",
+        "embed",
+        "exemplars",
+        "interests",
+        "train",
+        "baselines",
+        "evaluate",
+        "scaling",
+        "ray",
+    ),
+}
+"""Command -> tables of the experiment file that it reads and that its `--help` documents."""
+
+
+class FieldHelpCommand(typer.core.TyperCommand):
+    """A command whose `--help` also documents the configuration fields that it reads."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Append the fields, generated from their docstrings."""
+        formatter.write("\n" + field_help(STAGE_TABLES[ctx.command.name or "run"]))
+
+
+app = typer.Typer(
+    name="distributed-mi",
+    help="Multi-interest sequential recommenders at cluster scale, with a language model in the loop. "
+    "`distributed-mi COMMAND --help` documents the configuration fields that a command reads.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG.toml", help="Experiment file, or a shipped name.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c ...]", help="Fields to override.", show_default=False)
+]
+
+
+def field_help(tables: Sequence[str]) -> str:
+    """Text that documents every field of the named tables of an experiment file, the registered choices included."""
+    import textwrap
+
+    from distributed_mi.core.config import FieldDoc, describe, describe_component
+    from distributed_mi.core.registry import choices
+    from distributed_mi.experiment import Experiment
+
+    def entry(doc: FieldDoc) -> str:
+        body = textwrap.fill(doc.doc, 100, initial_indent="      ", subsequent_indent="      ")
+        return f"  {doc.name} = {doc.default}    ({doc.type})\n{body}\n"
+
+    parts = ["Configuration fields (override any as table.field=value):\n\n"]
+    docs = [d for d in describe(Experiment) if d.name.split(".")[0] in tables]
+    parts += [entry(d) for d in docs]
+    for doc in (d for d in docs if d.kind):
+        table = doc.name.removesuffix(".name")
+        for name in choices(doc.kind):
+            fields = [entry(d) for d in describe_component(doc.kind, name, f"{table}.")]
+            parts.append(f'\nWith {table}.name = "{name}":\n\n' + ("".join(fields) or "  (no fields)\n"))
+    return "".join(parts)
+
+
+def open_pipeline(config: str, overrides: Sequence[str] | None) -> "Pipeline":
+    """The pipeline of an experiment file, with logging set up."""
+    from distributed_mi.core.logging import setup
+
+    setup()
+    from distributed_mi.experiment import load
+    from distributed_mi.pipeline import Pipeline
+
+    return Pipeline(load(config, overrides or ()))
+
+
+def run_stages(
+    config: str, overrides: Sequence[str] | None, stages: Sequence[str], purpose: str
+) -> "Pipeline":
+    """Run stages under the workspace lock and print what happened to each."""
+    pipeline = open_pipeline(config, overrides)
+    with pipeline.workspace.lock(f"distributed-mi {purpose}"):
+        try:
+            if len(stages) == 1:
+                getattr(pipeline, stages[0])()
+            else:
+                pipeline.run(stages)
+        finally:
+            pipeline.start_ray.close()
+    print_outcomes(pipeline.outcomes)
+    return pipeline
+
+
+def print_outcomes(outcomes: "Sequence[Outcome]") -> None:
+    """A table of stages: done or skipped, seconds, rows."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("stage", "", "seconds", "rows", box=None, pad_edge=False)
+    for o in outcomes:
+        rows = ", ".join(f"{n:,} {name}" for name, n in o.manifest.rows.items())
+        if o.manifest.rejected_rows:
+            rows += f", {o.manifest.rejected_rows:,} rejected"
+        table.add_row(o.stage, "skipped" if o.skipped else "done", f"{o.seconds:.1f}", rows)
+    Console(highlight=False).print(table)
+
+
+def print_reports(reports: list[dict[str, Any]]) -> None:
+    """The metrics of several runs side by side, with the leakage check."""
+    from distributed_mi.evaluation.report import format_table
+
+    typer.echo(format_table(reports))
+
+
+def _stage_command(name: str) -> None:
+    def command(config: ConfigPath, overrides: Overrides = None) -> None:
+        pipeline = run_stages(config, overrides, [name], name)
+        if name == "evaluate":
+            print_reports(pipeline.reports()[-1:])
+
+    command.__doc__ = STAGE_HELP[name]
+    app.command(name, cls=FieldHelpCommand)(command)
+
+
+for _name in STAGE_HELP:
+    _stage_command(_name)
+
+
+@app.command("run", cls=FieldHelpCommand)
+def run_command(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Run every stage in order, skipping what is done, and print the metrics of all runs."""
+    from distributed_mi.pipeline import STAGES
+
+    print_reports(run_stages(config, overrides, STAGES, "run").reports())
+
+
+@app.command()
+def quickstart(overrides: Overrides = None) -> None:
+    """Run everything on generated data, then recommend for one user and explain it. CPU, a few minutes."""
+    from distributed_mi.pipeline import STAGES
+
+    pipeline = run_stages("quickstart", overrides, STAGES, "quickstart")
+    print_reports(pipeline.reports())
+    sequences = pipeline.workspace.stage("prepare").read("sequences/test", "sequences", columns=["user_id"])
+    user = sequences["user_id"][0].as_py()
+    typer.echo(f"\nWhy user {user} (held out, never seen in training) gets these recommendations:\n")
+    _explain(pipeline, user, None, top=10, as_json=False)
+    typer.echo(
+        "\nNext: distributed-mi recommend quickstart --user USER; the report with plots lies at "
+        f"{pipeline.experiment.workspace}/evaluate/{pipeline.experiment.run_configs()[-1].run}/report.md"
+    )
+
+
+UserOption = Annotated[str | None, typer.Option("--user", help="A user id of the data.")]
+ItemsOption = Annotated[
+    str | None, typer.Option("--items", help="A history instead: item ids, oldest first, a,b,c.")
+]
+TopOption = Annotated[int, typer.Option("--top", min=1, help="How many items.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.command()
+def recommend(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    user: UserOption = None,
+    items: ItemsOption = None,
+    top: TopOption = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Recommend items for a known user or for a history of item ids."""
+    from distributed_mi.serving import retriever
+
+    pipeline = open_pipeline(config, overrides)
+    history = _query(user, items)
+    answer = _open_retriever(pipeline).recommend(user_id=user, item_ids=history, top=top)
+    typer.echo(retriever.render(answer, as_json=as_json))
+
+
+@app.command()
+def explain(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    user: UserOption = None,
+    items: ItemsOption = None,
+    top: TopOption = 10,
+    as_json: JsonOption = False,
+) -> None:
+    """Show each behaviour interest of a user with its items, its semantic names, and where the names come from."""
+    _explain(open_pipeline(config, overrides), user, items, top, as_json)
+
+
+def _explain(pipeline: "Pipeline", user: str | None, items: str | None, top: int, as_json: bool) -> None:
+    from distributed_mi.serving import explain as explaining
+
+    history = _query(user, items)
+    explanation = explaining.explain(_open_retriever(pipeline), user_id=user, item_ids=history, top=top)
+    typer.echo(explaining.render(explanation, as_json=as_json))
+
+
+def _query(user: str | None, items: str | None) -> list[str] | None:
+    if (user is None) == (items is None):
+        raise typer.BadParameter("give either --user or --items")
+    return [i.strip() for i in items.split(",") if i.strip()] if items is not None else None
+
+
+def _open_retriever(pipeline: "Pipeline") -> Any:
+    from distributed_mi.serving.retriever import Retriever
+    from distributed_mi.training.checkpoint import load_model
+
+    run_name = pipeline.experiment.run_configs()[-1].run_name
+    return Retriever.open(pipeline.workspace, run_name, load_model)
+
+
+@app.command()
+def compare(
+    report_a: Annotated[str, typer.Argument(metavar="REPORT", help="report.json of a run")],
+    report_b: Annotated[
+        str, typer.Argument(metavar="REPORT", help="report.json of the run compared with it")
+    ],
+) -> None:
+    """Compare two evaluated runs user by user: paired differences with intervals and p-values."""
+    from distributed_mi.evaluation import compare as comparing
+
+    typer.echo(comparing.render(comparing.compare(report_a, report_b)))
+
+
+@app.command()
+def fields() -> None:
+    """Document every configuration field: name, default, type, meaning and unit."""
+    typer.echo(field_help(STAGE_TABLES["run"]))
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def callback(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Top-level options; the work is in the commands."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point: 0 done or already done, 2 bad configuration or usage, 1 anything else."""
+    try:
+        app(args=list(argv) if argv is not None else None, standalone_mode=True)
+    except DistributedMIError as error:
+        typer.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except SystemExit as done:
+        return int(done.code or 0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The experiment file: one table for each stage, checked as a whole before anything runs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import PositiveInt
+
+from distributed_mi.core.config import ConfigModel, apply_overrides, load_toml, runtime, validate
+from distributed_mi.core.errors import ConfigError
+from distributed_mi.data.config import DataConfig
+from distributed_mi.evaluation.config import EvaluateConfig
+from distributed_mi.exemplars.config import ExemplarsConfig
+from distributed_mi.interests.config import InterestsConfig
+from distributed_mi.text.config import EmbedConfig
+from distributed_mi.training.config import ModelChoice, ScalingConfig, TrainConfig
+
+
+class RayConfig(ConfigModel):
+    """How Ray is started when no cluster is named (`RAY_ADDRESS`, which `ray job submit` sets)."""
+
+    address: str | None = runtime(None)
+    """Address of a running cluster. None: `RAY_ADDRESS` when it is set, else a private Ray on this machine."""
+    num_cpus: PositiveInt | None = runtime(None)
+    """Logical CPUs of a private Ray. None: the cores, and at least 4 so that no graph of tasks stalls."""
+    object_store_mib: PositiveInt = runtime(512)
+    """Object store of a private Ray, in MiB; blocks beyond it spill to disk."""
+
+
+class Experiment(ConfigModel):
+    """Every table of an experiment file."""
+
+    workspace: str = runtime("artifacts/workspace")
+    """Directory of the results: a local path or an object-store URL. A relative path counts from the current folder."""
+    data: DataConfig = DataConfig()
+    """prepare: raw logs, filters, split."""
+    embed: EmbedConfig = EmbedConfig()
+    """embed: text encoder and pooling."""
+    exemplars: ExemplarsConfig = ExemplarsConfig()
+    """exemplars: affinity propagation."""
+    interests: InterestsConfig = InterestsConfig()
+    """interests: backend, prompt and limits."""
+    train: TrainConfig = TrainConfig()
+    """train: model, loss, optimizer, schedule, seed."""
+    baselines: tuple[ModelChoice, ...] = ()
+    """Models that `run` trains and evaluates with the settings of `train`, each as a run named after its model."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """evaluate: metrics and intervals."""
+    scaling: ScalingConfig = ScalingConfig()
+    """Workers and what each holds. Results do not depend on it."""
+    ray: RayConfig = RayConfig()
+    """How Ray is reached or started."""
+
+    def run_configs(self) -> list[TrainConfig]:
+        """The training runs of `run`, baselines first: one `TrainConfig` each."""
+        own = self.train.model_copy(update={"run": self.train.run_name})
+        others = [self.train.model_copy(update={"run": b.name, "model": b}) for b in self.baselines]
+        return [*(o for o in others if o.run != own.run), own]
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read and check an experiment file, the fields of every named choice included.
+
+    Args:
+        path: a TOML file; `quickstart` or another name of `jobs/configs` is found too.
+        overrides: `table.field=value` texts, applied in order.
+
+    Raises:
+        ConfigError: file, line and field of what is wrong, with the nearest known name.
+    """
+    path = find(path)
+    experiment = validate(Experiment, apply_overrides(load_toml(path), overrides), source=str(path))
+    source = str(path)
+    experiment.data.reader.settings("data.reader", source)
+    experiment.interests.backend.settings("interests.backend", source)
+    experiment.train.model.settings("train.model", source)
+    for baseline in experiment.baselines:
+        baseline.settings("baselines", source)
+    return experiment
+
+
+def find(path: str | Path) -> Path:
+    """The file itself, or the shipped configuration of that name.
+
+    Raises:
+        ConfigError: neither exists; lists the shipped ones.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    here = Path(__file__).resolve().parent
+    folders = [here / "_configs", here.parent / "jobs" / "configs"]
+    for folder in folders:
+        for candidate in (folder / path.name, folder / f"{path.name}.toml"):
+            if candidate.is_file() and path.parent in (Path("."), Path("jobs/configs")):
+                return candidate
+    shipped = sorted({p.stem for folder in folders for p in folder.glob("*.toml")})
+    raise ConfigError(f"configuration file not found: {path}. Shipped: {', '.join(shipped)}")
