@@ -3,6 +3,9 @@
 A task is one shard's exemplars. When an actor dies, its tasks are sent to others and a new actor takes its place. The
 task that it was working on is sent once more as it is; when that kills a second actor, it is halved until the exemplar
 that does it stands alone and is given up (`FailureReason.ACTOR_DIED`), so that one bad prompt cannot stop the run.
+
+The oldest task without an answer need not be the one that killed the actor: an answer that was made just before is lost
+with the process. A task that is under suspicion is therefore alone in its actor until it is cleared.
 """
 
 import logging
@@ -66,6 +69,11 @@ class _Task:
     key: int
     exemplars: tuple[Exemplar, ...]
     deaths: int = 0
+    """Actors that died while this was their oldest task, or one that it was cut from."""
+
+    @property
+    def suspect(self) -> bool:
+        return self.deaths > 0
 
 
 @dataclass(eq=False)
@@ -84,6 +92,13 @@ class _Seat:
         if self.pid is None:
             return self.starting
         return self.tasks[0][0] if self.tasks else None
+
+    def takes(self, task: _Task, in_flight: int) -> bool:
+        """Whether the task may join those that the actor has."""
+        if self.pid is None:
+            return False
+        alone = task.suspect or any(t.suspect for _, t in self.tasks)
+        return len(self.tasks) < (1 if alone else in_flight)
 
 
 class ActorPool:
@@ -138,13 +153,14 @@ class ActorPool:
         return _Seat(handle, handle.start.remote())
 
     def _send(self) -> None:
-        """Give waiting tasks to started actors, up to the window, the least busy first."""
+        """Give waiting tasks to started actors, up to the window, the least busy first; suspects alone."""
         while self._waiting:
-            free = [s for s in self._seats if s.pid is not None and len(s.tasks) < self.config.in_flight]
+            task = self._waiting[0]
+            free = [s for s in self._seats if s.takes(task, self.config.in_flight)]
             if not free:
                 return
             seat = min(free, key=lambda s: len(s.tasks))
-            task = self._waiting.popleft()
+            self._waiting.popleft()
             if not seat.tasks:
                 seat.since = time.monotonic()
             seat.tasks.append((seat.handle.answer.remote(task.exemplars), task))

@@ -74,6 +74,28 @@ def test_a_prompt_that_kills_its_actor_is_found_and_given_up_alone(tmp_path: Pat
     assert "actor_died" in failures
 
 
+def test_a_task_under_suspicion_is_alone_in_its_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    # An answer that was made just before the death of its actor is lost with it: were others in the same actor, a task
+    # that has done nothing would be blamed for the next death and given up.
+    pool = ActorPool(remote(kill=[6], num_actors=2, in_flight=3, max_actor_restarts=10), CONTEXT)
+    suspects = 0
+    send = pool._send
+
+    def watched() -> None:
+        nonlocal suspects
+        send()
+        for seat in pool._seats:
+            if any(task.suspect for _, task in seat.tasks):
+                suspects += 1
+                assert len(seat.tasks) == 1
+
+    monkeypatch.setattr(pool, "_send", watched)
+    outcomes = {o.user_index: o.step for _, answered in pool.run(chunks(12)) for o in answered}
+    assert suspects > 0
+    assert [user for user, step in outcomes.items() if step != "first"] == [6]
+    assert len(outcomes) == 48
+
+
 def test_a_dead_engine_in_a_living_actor_is_replaced() -> None:
     pool = ActorPool(remote(dead=[1], num_actors=1, max_actor_restarts=3), CONTEXT)
     with pytest.raises(StageError, match="max_actor_restarts = 3"):
