@@ -1,17 +1,27 @@
 """The experiment file: one table for each stage, checked as a whole before anything runs."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from pydantic import PositiveInt
 
-from distributed_mi.core.config import ConfigModel, apply_overrides, load_toml, runtime, validate
-from distributed_mi.core.errors import ConfigError
+from distributed_mi.core.config import (
+    ConfigModel,
+    apply_overrides,
+    check_components,
+    load_toml,
+    place_in,
+    runtime,
+    validate,
+)
+from distributed_mi.core.errors import ConfigError, DistributedMIError
 from distributed_mi.data.config import DataConfig
-from distributed_mi.evaluation.config import EvaluateConfig
+from distributed_mi.evaluation.config import EvaluateConfig, parse_metric
 from distributed_mi.exemplars.config import ExemplarsConfig
 from distributed_mi.interests.config import InterestsConfig
 from distributed_mi.text.config import EmbedConfig
+from distributed_mi.text.source import local_directory, looks_local
 from distributed_mi.training.config import ModelChoice, ScalingConfig, TrainConfig
 
 
@@ -58,7 +68,7 @@ class Experiment(ConfigModel):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Read and check an experiment file, the fields of every named choice included.
+    """Read and check an experiment file, the fields of every named choice included, at any depth.
 
     Args:
         path: a TOML file; `quickstart` or another name of `jobs/configs` is found too.
@@ -69,13 +79,23 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     """
     path = find(path)
     experiment = validate(Experiment, apply_overrides(load_toml(path), overrides), source=str(path))
-    source = str(path)
-    experiment.data.reader.settings("data.reader", source)
-    experiment.interests.backend.settings("interests.backend", source)
-    experiment.train.model.settings("train.model", source)
-    for baseline in experiment.baselines:
-        baseline.settings("baselines", source)
+    check_components(experiment, source=str(path))
+    with _about("train.validation_metric", path):
+        parse_metric(experiment.train.validation_metric)
+    with _about("embed.model", path):
+        if experiment.embed.model is not None and looks_local(experiment.embed.model):
+            local_directory(experiment.embed.model)
     return experiment
+
+
+@contextmanager
+def _about(field: str, path: Path) -> Iterator[None]:
+    """Name field, file and line in an error about the value of a field that another package reads."""
+    try:
+        yield
+    except DistributedMIError as error:
+        text = str(error).removeprefix(f"{field}: ")
+        raise ConfigError(f"{field}: {text}{place_in(str(path), field)}") from error
 
 
 def find(path: str | Path) -> Path:

@@ -67,20 +67,43 @@ class Component(ConfigModel):
             source: path of the file, printed with the line of a wrong field.
 
         Raises:
-            ConfigError: an unknown key or a bad value; the message names the field.
+            ConfigError: an unknown key or a bad value, here or in a component below; the message names the field.
         """
         owner = self.resolve()
-        return validate(
+        found = validate(
             owner.Config,
             dict(self.model_extra or {}),
             where=where,
             owner=f"{owner.__name__}.Config",
             source=source,
         )
+        check_components(found, where, source)
+        return found
 
     def result_fields(self) -> dict[str, Any]:
         """Name and every field of the chosen class with its default filled in."""
         return {"name": self.name, **self.settings().result_fields()}
+
+
+def check_components(table: BaseModel, where: str = "", source: str = "") -> None:
+    """Check the fields of every named choice in a table, at any depth, against the class that it names.
+
+    Args:
+        table: a checked table; reading it left the fields of its components as they stood in the file.
+        where: dotted place of the table in the file.
+        source: path of the file.
+
+    Raises:
+        ConfigError: a name that is not known, or a wrong field of what is named; see `Component.settings`.
+    """
+    for name in type(table).model_fields:
+        value = getattr(table, name)
+        place = f"{where}.{name}" if where else name
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, Component):
+                part.settings(place, source)
+            elif isinstance(part, BaseModel):
+                check_components(part, place, source)
 
 
 def runtime(default: Any = PydanticUndefined, **kwargs: Any) -> Any:
@@ -189,7 +212,7 @@ def validate(
 def _explain(model: type[BaseModel], item: Any, where: str, owner: str, source: str) -> str:
     location = [str(part) for part in item["loc"]]
     dotted = ".".join(([where] if where else []) + location)
-    place = f" ({source}{_line_of(source, dotted.split('.'))})" if source else ""
+    place = place_in(source, dotted)
     if item["type"] == "extra_forbidden":
         parent = _model_at(model, location[:-1])
         known = list(parent.model_fields) if parent else []
@@ -197,6 +220,11 @@ def _explain(model: type[BaseModel], item: Any, where: str, owner: str, source: 
         hint = f" Did you mean {near[0]}?" if near else f" Known: {', '.join(known)}."
         return f"{dotted} is not a field of {parent.__name__ if parent and len(location) > 1 else owner}{place}.{hint}"
     return f"{dotted}: {item['msg']}, got {item.get('input')!r}{place}"
+
+
+def place_in(source: str, dotted: str) -> str:
+    """` (file, line N)` of a field for the end of a message, or nothing when there is no file."""
+    return f" ({source}{_line_of(source, dotted.split('.'))})" if source else ""
 
 
 def _line_of(source: str, location: list[str]) -> str:

@@ -31,6 +31,19 @@ def choices(kind: str) -> list[str]:
     return sorted(p.stem for p in (_PACKAGE_ROOT / folder).glob("*.py") if p.stem not in _SHARED_FILES)
 
 
+def require_known(kind: str, name: str) -> None:
+    """Refuse a name without a file of that kind; no file is imported.
+
+    Raises:
+        UnknownNameError: gives the nearest name and the known ones.
+    """
+    known = choices(kind)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f' Did you mean "{near[0]}"?' if near else ""
+        raise UnknownNameError(f'unknown {kind} "{name}".{hint} Known: {", ".join(known)}')
+
+
 def resolve(kind: str, name: str) -> Any:
     """Return the class behind a name.
 
@@ -45,11 +58,7 @@ def resolve(kind: str, name: str) -> Any:
     if ":" in name:
         module_name, attribute = name.split(":", 1)
     else:
-        known = choices(kind)
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f' Did you mean "{near[0]}"?' if near else ""
-            raise UnknownNameError(f'unknown {kind} "{name}".{hint} Known: {", ".join(known)}')
+        require_known(kind, name)
         module_name = "distributed_mi." + folder.replace("/", ".") + "." + name
     try:
         module = importlib.import_module(module_name)

@@ -5,8 +5,8 @@ from typing import Literal, NamedTuple
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from distributed_mi.core.config import ConfigModel, runtime
-from distributed_mi.core.errors import ConfigError, UnknownNameError
-from distributed_mi.core.registry import choices
+from distributed_mi.core.errors import ConfigError
+from distributed_mi.core.registry import require_known
 
 
 class MetricSpec(NamedTuple):
@@ -31,9 +31,8 @@ def parse_metric(text: str) -> MetricSpec:
     name, _, length = text.rpartition("@")
     if not name or not length.isdecimal() or int(length) < 1:
         raise ConfigError(f'metric "{text}" must look like name@k with k at least 1, for example recall@20')
-    known = choices("metric")
-    if ":" not in name and name not in known:
-        raise UnknownNameError(f'unknown metric "{name}" in "{text}". Known: {", ".join(known)}')
+    if ":" not in name:
+        require_known("metric", name)
     return MetricSpec(name, int(length))
 
 

