@@ -139,6 +139,8 @@ class _Prepare:
         self.config, self.stage_run, self.reader = config, stage_run, reader
         self.num_partitions = num_partitions
         self.place = Place(stage_run.fs, stage_run.root)
+        self.num_rows = 0
+        """Rows of the interactions, unusable ones included."""
         self.removed: Counter[str] = Counter()
         """Filter -> events it removed, in the order of the filters."""
 
@@ -150,7 +152,8 @@ class _Prepare:
         for what, outcome in outcomes.items():
             self.accept_rejected(outcome, what)
         self.removed.update(outcomes["interactions"].removed)
-        self.require_events(outcomes["interactions"].kept, outcomes["interactions"].rows)
+        self.num_rows = outcomes["interactions"].rows
+        self.require_events(outcomes["interactions"].kept)
         summaries = self.partition(outcomes["interactions"].files)
         core = self.find_core(summaries)
         written = self.write(core)
@@ -204,7 +207,7 @@ class _Prepare:
             )
         logger.warning("prepare: %s", text)
 
-    def require_events(self, left: int, total: int) -> None:
+    def require_events(self, left: int) -> None:
         """Refuse an empty result.
 
         Raises:
@@ -212,10 +215,12 @@ class _Prepare:
         """
         if left:
             return
-        if not total:
+        if not self.num_rows:
             raise InputError(f"prepare: the interactions ({self.config.interactions}) hold no rows")
         counts = ", ".join(f"{name} removed {count:,}" for name, count in self.removed.items() if count)
-        raise InputError(f"prepare: no event is left of {total:,} rows: {counts or 'all were rejected'}")
+        raise InputError(
+            f"prepare: no event is left of {self.num_rows:,} rows: {counts or 'all were rejected'}"
+        )
 
     def partition(self, files: list[str]) -> list[passes.PartitionSummary]:
         """Bring each user's events together in one partition; the duplicate policy is applied on the way."""
@@ -295,7 +300,7 @@ class _Prepare:
             rare = sum(f.num_rare_item_events for f in found)
             self.removed["k_core (rare items)"] += rare
             self.removed["k_core (short users)"] += total - rare - events
-        self.require_events(events, total + sum(self.removed.values()))
+        self.require_events(events)
         return self._number(items, numbers, found, split.SplitPlan(config.split, 0), first_ms, width_ms)
 
     def _number(

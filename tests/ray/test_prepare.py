@@ -308,17 +308,17 @@ def test_duplicates_and_row_filters_are_counted(tmp_path):
         (
             {"interactions": "{}/log.csv", "filters": {"start": "2020-01-01"}},
             InputError,
-            "no event is left .* start removed 20",
+            r"no event is left of 20 rows: start removed 20$",
         ),
         (
             {"interactions": "{}/log.csv", "k_core": {"min_item_events": 50}},
             InputError,
-            r"no event is left .*k_core \(rare items\) removed 20",
+            r"no event is left of 20 rows: k_core \(rare items\) removed 20$",
         ),
         (
             {"interactions": "{}/log.csv", "k_core": {"min_user_events": 11, "min_item_events": 1}},
             InputError,
-            r"k_core \(short users\) removed 20",
+            r"no event is left of 20 rows: k_core \(short users\) removed 20$",
         ),
         ({"interactions": "{}/empty.jsonl"}, InputError, "hold no rows"),
         ({}, ConfigError, r"data\.interactions is not set"),
