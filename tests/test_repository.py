@@ -112,6 +112,24 @@ def test_shipped_configuration_loads_with_its_components(path: Path) -> None:
     assert path.read_text(encoding="utf-8").startswith("#"), "begins with what it is for"
 
 
+def advertised_overrides(path: Path) -> list[str]:
+    """The overrides that the header of a configuration gives as examples."""
+    lines = re.findall(
+        r"^# Override\s+any value, e\.g\. (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    return [override for line in lines for override in line.split()]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
+def test_shipped_configuration_loads_with_the_overrides_that_it_advertises(path: Path) -> None:
+    from distributed_mi.experiment import load
+
+    overrides = advertised_overrides(path)
+    assert overrides
+    for override in [[o] for o in overrides] + [overrides]:
+        load(path, override)
+
+
 # One version of Ray, one version of the package.
 
 
