@@ -1,5 +1,6 @@
 """The experiment file: one table for each stage, checked as a whole before anything runs."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,10 +62,20 @@ class Experiment(ConfigModel):
     """How Ray is reached or started."""
 
     def run_configs(self) -> list[TrainConfig]:
-        """The training runs of `run`, baselines first: one `TrainConfig` each."""
-        own = self.train.model_copy(update={"run": self.train.run_name})
-        others = [self.train.model_copy(update={"run": b.name, "model": b}) for b in self.baselines]
-        return [*(o for o in others if o.run != own.run), own]
+        """The training runs of `run`, baselines first: one `TrainConfig` each.
+
+        Raises:
+            ConfigError: two of them have one name, so that one would overwrite the other.
+        """
+        others = [self.train.model_copy(update={"run": None, "model": b}) for b in self.baselines]
+        runs = [c.model_copy(update={"run": c.run_name}) for c in [*others, self.train]]
+        for name, count in Counter(c.run_name for c in runs).items():
+            if count > 1:
+                raise ConfigError(
+                    f'two runs would be named "{name}": a baseline is named after its model. Remove one [[baselines]], '
+                    "give train.run another name, or train the other one from a file of its own in this workspace."
+                )
+        return runs
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -80,6 +91,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
     path = find(path)
     experiment = validate(Experiment, apply_overrides(load_toml(path), overrides), source=str(path))
     check_components(experiment, source=str(path))
+    with _about("baselines", path):
+        experiment.run_configs()
     with _about("train.validation_metric", path):
         parse_metric(experiment.train.validation_metric)
     with _about("embed.model", path):

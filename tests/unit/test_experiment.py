@@ -64,3 +64,33 @@ def test_baselines_are_checked_too(tmp_path: Path) -> None:
     path.write_text("[[baselines]]\nname = 'eimf'\nbackbone = {name = 'remi', rr_wieght = 1}\n")
     with pytest.raises(ConfigError, match=r"baselines\.backbone\.rr_wieght .*Did you mean rr_weight"):
         load(path)
+
+
+def with_baselines(path: Path, *names: str, run: str = "mine") -> Path:
+    """An experiment that trains REMI as `run` beside baselines of these names."""
+    tables = "".join(f'[[baselines]]\nname = "{name}"\n' for name in names)
+    path.write_text(f'[train]\nrun = "{run}"\n[train.model]\nname = "remi"\n{tables}')
+    return path
+
+
+def test_runs_are_named_after_their_models_and_the_own_one_is_last(tmp_path: Path) -> None:
+    path = with_baselines(tmp_path / "mine.toml", "distributed_mi.models.remi:REMI", "most_popular", "remi")
+    runs = load(path).run_configs()
+    assert [c.run_name for c in runs] == ["REMI", "most_popular", "remi", "mine"]
+    assert [c.model.name.rsplit(":")[-1] for c in runs] == ["REMI", "most_popular", "remi", "remi"]
+
+
+@pytest.mark.parametrize(
+    ("names", "run"), [(("remi", "most_popular", "remi"), "mine"), (("most_popular", "remi"), "remi")]
+)
+def test_two_runs_of_one_name_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, ...], run: str
+) -> None:
+    path = with_baselines(tmp_path / "mine.toml", *names, run=run)
+    with pytest.raises(
+        ConfigError, match=r'baselines: two runs would be named "remi".*train\.run.*mine\.toml'
+    ):
+        load(path)
+    assert main(["run", str(path), f"workspace={tmp_path / 'ws'}"]) == 2
+    assert "remi" in capsys.readouterr().err
+    assert not (tmp_path / "ws").exists()
