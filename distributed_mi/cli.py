@@ -1,7 +1,7 @@
 """The command line. Heavy libraries are imported inside the commands, so that `--help` answers at once."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,6 +10,7 @@ from distributed_mi import __version__
 from distributed_mi.core.errors import DistributedMIError
 
 if TYPE_CHECKING:
+    from distributed_mi.core.config import FieldDoc
     from distributed_mi.pipeline import Outcome, Pipeline
 
 STAGE_HELP = {
@@ -21,27 +22,33 @@ STAGE_HELP = {
     "evaluate": "Rank the whole catalogue for the held-out users and write the report.",
 }
 
+_ALL_TABLES = (
+    "workspace",
+    "data",
+    "embed",
+    "exemplars",
+    "interests",
+    "train",
+    "baselines",
+    "evaluate",
+    "scaling",
+    "ray",
+)
+_RUN_NAME = ("train.run", "train.model.name")
+
 STAGE_TABLES = {
-    "prepare": ("data",),
-    "embed": ("embed",),
-    "exemplars": ("exemplars",),
-    "interests": ("interests",),
-    "train": ("train", "scaling"),
-    "evaluate": ("evaluate", "scaling"),
-    "run": (
-        "workspace",
-        "data",
-        "embed",
-        "exemplars",
-        "interests",
-        "train",
-        "baselines",
-        "evaluate",
-        "scaling",
-        "ray",
-    ),
+    "prepare": ("workspace", "data", "ray"),
+    "embed": ("workspace", "embed", "ray"),
+    "exemplars": ("workspace", "exemplars"),
+    "interests": ("workspace", "interests", "embed", "ray"),
+    "train": ("workspace", "train", "scaling", "ray"),
+    "evaluate": ("workspace", *_RUN_NAME, "evaluate", "scaling", "ray"),
+    "run": _ALL_TABLES,
+    "quickstart": _ALL_TABLES,
+    "recommend": ("workspace", *_RUN_NAME),
+    "explain": ("workspace", *_RUN_NAME),
 }
-"""Command -> tables of the experiment file that it reads and that its `--help` documents."""
+"""Command -> tables or fields of the experiment file that it reads and that its `--help` documents."""
 
 
 class FieldHelpCommand(typer.core.TyperCommand):
@@ -49,7 +56,7 @@ class FieldHelpCommand(typer.core.TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Append the fields, generated from their docstrings."""
-        formatter.write("\n" + field_help(STAGE_TABLES[ctx.command.name or "run"]))
+        formatter.write("\n" + field_help(STAGE_TABLES[ctx.command.name]))
 
 
 app = typer.Typer(
@@ -69,26 +76,59 @@ Overrides = Annotated[
 
 
 def field_help(tables: Sequence[str]) -> str:
-    """Text that documents every field of the named tables of an experiment file, the registered choices included."""
-    import textwrap
+    """Text that documents fields of an experiment file, those of the registered choices included.
 
-    from distributed_mi.core.config import FieldDoc, describe, describe_component
-    from distributed_mi.core.registry import choices
+    Args:
+        tables: dotted names of tables or of single fields; a table stands for all below it. Of a choice whose `name`
+            alone is given, the fields are left out.
+    """
+    from distributed_mi.core.config import describe
     from distributed_mi.experiment import Experiment
 
-    def entry(doc: FieldDoc) -> str:
-        body = textwrap.fill(doc.doc, 100, initial_indent="      ", subsequent_indent="      ")
-        return f"  {doc.name} = {doc.default}    ({doc.type})\n{body}\n"
+    def wanted(name: str) -> bool:
+        return any(f"{name}.".startswith(f"{table}.") for table in tables)
 
-    parts = ["Configuration fields (override any as table.field=value):\n\n"]
-    docs = [d for d in describe(Experiment) if d.name.split(".")[0] in tables]
-    parts += [entry(d) for d in docs]
-    for doc in (d for d in docs if d.kind):
+    docs = [d for d in describe(Experiment) if wanted(d.name)]
+    parts = ["Configuration fields (override any as table.field=value):\n\n", *map(_field_entry, docs)]
+    shown: dict[str, str] = {}
+    for doc in docs:
         table = doc.name.removesuffix(".name")
-        for name in choices(doc.kind):
-            fields = [entry(d) for d in describe_component(doc.kind, name, f"{table}.")]
-            parts.append(f'\nWith {table}.name = "{name}":\n\n' + ("".join(fields) or "  (no fields)\n"))
+        if not doc.kind or not wanted(table):
+            continue
+        if doc.kind in shown:
+            parts.append(
+                f"\nThe other fields of {table} are those of {shown[doc.kind]} with the same name.\n"
+            )
+        else:
+            shown[doc.kind] = table
+            parts += _choice_help(doc)
     return "".join(parts)
+
+
+def _choice_help(doc: "FieldDoc", outer: tuple[str, ...] = ()) -> Iterator[str]:
+    """The fields of every choice that a field may name, then of the choices among those fields.
+
+    Args:
+        doc: the field.
+        outer: choices that this field belongs to. They are left out: no model is a part of itself.
+    """
+    from distributed_mi.core.config import describe_component
+    from distributed_mi.core.registry import choices
+
+    table = doc.name.removesuffix(".name")
+    for name in (c for c in choices(doc.kind) if c not in outer):
+        fields = list(describe_component(doc.kind, name, f"{table}."))
+        text = "".join(map(_field_entry, fields)) or "  (no fields)\n"
+        yield f'\nWith {table}.name = "{name}":\n\n{text}'
+        for inner in (f for f in fields if f.kind):
+            yield from _choice_help(inner, (*outer, name))
+
+
+def _field_entry(doc: "FieldDoc") -> str:
+    import textwrap
+
+    body = textwrap.fill(doc.doc, 100, initial_indent="      ", subsequent_indent="      ")
+    return f"  {doc.name} = {doc.default}    ({doc.type})\n{body}\n"
 
 
 def open_pipeline(config: str, overrides: Sequence[str] | None) -> "Pipeline":
@@ -162,7 +202,7 @@ def run_command(config: ConfigPath, overrides: Overrides = None) -> None:
     print_reports(run_stages(config, overrides, STAGES, "run").reports())
 
 
-@app.command()
+@app.command(cls=FieldHelpCommand)
 def quickstart(overrides: Overrides = None) -> None:
     """Run everything on generated data, then recommend for one user and explain it. CPU, a few minutes."""
     from distributed_mi.pipeline import STAGES
@@ -187,7 +227,7 @@ TopOption = Annotated[int, typer.Option("--top", min=1, help="How many items.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
-@app.command()
+@app.command(cls=FieldHelpCommand)
 def recommend(
     config: ConfigPath,
     overrides: Overrides = None,
@@ -205,7 +245,7 @@ def recommend(
     typer.echo(retriever.render(answer, as_json=as_json))
 
 
-@app.command()
+@app.command(cls=FieldHelpCommand)
 def explain(
     config: ConfigPath,
     overrides: Overrides = None,

@@ -9,13 +9,16 @@ import tomllib
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 import distributed_mi
-from distributed_mi.core.config import ConfigModel
+from distributed_mi.cli import STAGE_TABLES, field_help, main
+from distributed_mi.core.config import Component, ConfigModel
 from distributed_mi.core.registry import KINDS, choices
+from distributed_mi.data.config import FilterConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "distributed_mi"
@@ -92,6 +95,82 @@ def test_a_field_without_docstring_is_caught() -> None:
         bad: int = 2
 
     assert [name.split(".")[-1] for name in undocumented(Planted)] == ["bad"]
+
+
+# Every field is in the help.
+
+
+@pytest.fixture(scope="module")
+def help_of_run() -> str:
+    """What `distributed-mi run --help` and `distributed-mi fields` print about fields, white space folded."""
+    return " ".join(field_help(STAGE_TABLES["run"]).split())
+
+
+def absent_from_help(model: type[ConfigModel], text: str) -> list[str]:
+    """Fields of a model that a help text does not document; a table and a choice are there by what is below them."""
+    absent = []
+    for name, field in model.model_fields.items():
+        doc = " ".join((field.description or "").split())
+        entry = rf"(?<![\w.])([\w.]+\.)?{name} = ((?! = ).)*?{re.escape(doc)}"
+        below = rf"(?<![\w.])([\w.]+\.)?{name}\.\w+"
+        is_table = any(isinstance(a, type) and issubclass(a, ConfigModel) for a in _parts(field.annotation))
+        if not re.search(below if is_table else entry, text):
+            absent.append(f"{model.__qualname__}.{name}")
+    return absent
+
+
+def _parts(annotation: object) -> Iterator[object]:
+    yield annotation
+    for argument in get_args(annotation):
+        yield from _parts(argument)
+
+
+def test_help_documents_every_field_of_every_configuration_model(help_of_run: str) -> None:
+    # Indexes are no part of an experiment file; the name of a choice is documented by the field that holds the choice.
+    models = [m for m in config_models() if ".indexes." not in m.__module__ and not issubclass(m, Component)]
+    assert len(models) > 10
+    assert [text for model in models for text in absent_from_help(model, help_of_run)] == []
+
+
+def test_help_goes_into_the_choices_of_a_choice(help_of_run: str) -> None:
+    assert "train.model.backbone.rr_weight = 100.0" in help_of_run
+    assert 'With train.model.backbone.name = "remi"' in help_of_run
+    assert 'With train.model.backbone.name = "eimf"' not in help_of_run
+    assert "fields of baselines are those of train.model" in help_of_run
+
+
+def test_a_field_absent_from_the_help_is_caught(help_of_run: str) -> None:
+    class Planted(ConfigModel):
+        """Is in no experiment file."""
+
+        seed: int = 1
+        """Not the words of any seed."""
+        table: FilterConfig = FilterConfig()
+        """In the help by chance of its name."""
+        nowhere: FilterConfig = FilterConfig()
+        """In the help by no chance."""
+
+    assert [n.split(".")[-1] for n in absent_from_help(Planted, help_of_run)] == ["seed", "nowhere"]
+
+
+@pytest.mark.parametrize(
+    ("command", "shown", "hidden"),
+    [
+        ("prepare", ["workspace", "data.k_core.method", "ray.num_cpus"], ["train.seed"]),
+        ("interests", ["workspace", "embed.pooling", "ray.address"], ["train.run"]),
+        ("evaluate", ["workspace", "train.run", "scaling.num_workers", "ray.address"], ["train.seed"]),
+        ("recommend", ["workspace", "train.run", "train.model.name"], ["train.model.num_interests"]),
+        ("explain", ["workspace", "train.run", "train.model.name"], ["train.model.backbone.name"]),
+        ("quickstart", ["workspace", "train.model.backbone.rr_weight", "baselines.name"], []),
+    ],
+)
+def test_help_of_a_command_documents_the_fields_that_it_reads(
+    command: str, shown: list[str], hidden: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    found = set(re.findall(r"^  ([\w.]+) = ", capsys.readouterr().out, re.MULTILINE))
+    assert set(shown) <= found
+    assert not found & set(hidden)
 
 
 # Every shipped configuration loads.
