@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -298,26 +298,46 @@ class Workspace:
 
         Raises:
             WorkspaceLockedError: another run holds it; names host, process and purpose.
+            WorkspaceError: the directory cannot be made or written.
         """
         if not self.is_local:
             yield
             return
         import fcntl  # POSIX only, like Ray clusters
 
-        Path(self.root).mkdir(parents=True, exist_ok=True)
-        with open(Path(self.root) / ".lock", "a+", encoding="utf-8") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                stream.seek(0)
-                holder = stream.read().strip() or "another run"
-                raise WorkspaceLockedError(
-                    f"workspace {self.url} is in use by {holder}. Wait for it, or use another workspace."
-                ) from error
-            stream.truncate(0)
-            stream.write(f"{purpose} (process {os.getpid()} on {socket.gethostname()})\n")
-            stream.flush()
+        with self._open_lock() as stream:
+            with self.reachable():
+                try:
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    stream.seek(0)
+                    holder = stream.read().strip() or "another run"
+                    raise WorkspaceLockedError(
+                        f"workspace {self.url} is in use by {holder}. Wait for it, or use another workspace."
+                    ) from error
+                stream.truncate(0)
+                stream.write(f"{purpose} (process {os.getpid()} on {socket.gethostname()})\n")
+                stream.flush()
             yield
+
+    def _open_lock(self) -> TextIO:
+        with self.reachable():
+            Path(self.root).mkdir(parents=True, exist_ok=True)
+            return open(Path(self.root) / ".lock", "a+", encoding="utf-8")
+
+    @contextmanager
+    def reachable(self) -> Iterator[None]:
+        """Name the workspace in an error of the system or the store, which knows a path at most.
+
+        Raises:
+            WorkspaceError: gives the workspace, the reason and what would do.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise WorkspaceError(
+                f"workspace {self.url} cannot be used: {error}. Choose a place that can be written with workspace=..."
+            ) from error
 
 
 class StageDirectory:
@@ -335,10 +355,12 @@ class StageDirectory:
 
     def manifest(self) -> Manifest | None:
         """The manifest, or None while the stage is not complete."""
-        if self.fs.get_file_info(self.manifest_path).type != pafs.FileType.File:
-            return None
-        with self.fs.open_input_stream(self.manifest_path) as stream:
-            return Manifest.from_json(stream.read(), self.manifest_path)
+        with self.workspace.reachable():
+            if self.fs.get_file_info(self.manifest_path).type != pafs.FileType.File:
+                return None
+            with self.fs.open_input_stream(self.manifest_path) as stream:
+                data = stream.read()
+        return Manifest.from_json(data, self.manifest_path)
 
     def require(self) -> Manifest:
         """The manifest.
@@ -385,7 +407,8 @@ class StageRun:
         if manifest is not None and manifest.generation == self.key.generation:
             self.manifest = manifest
             return
-        self.fs.create_dir(self.root, recursive=True)
+        with self.directory.workspace.reachable():
+            self.fs.create_dir(self.root, recursive=True)
         self.resumed = bool(list_files(self.fs, self.root))
 
     @property

@@ -250,3 +250,18 @@ def test_stages_of_one_prefix_do_not_disturb_each_other(workspace: Workspace) ->
     complete(workspace, dataclasses.replace(KEY, stage="train/eimf"), 2)
     for run, user in (("remi", 1), ("eimf", 2)):
         assert workspace.stage(f"train/{run}").read("user_vectors", "user_vectors").equals(vectors(user))
+
+
+def test_a_workspace_that_cannot_be_made_is_named_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder can lie below this")
+    workspace = Workspace(str(tmp_path / "file" / "ws"))
+    named = rf"workspace {workspace.url} cannot be used: .*Not a directory.*workspace="
+    with pytest.raises(WorkspaceError, match=named), workspace.lock("train"):
+        pass
+    with pytest.raises(WorkspaceError, match=named):
+        workspace.stage("prepare").open(KEY)
+
+
+def test_an_error_inside_the_lock_is_not_taken_for_one_of_the_workspace(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="of the stage"), Workspace(str(tmp_path)).lock("train"):
+        raise FileNotFoundError("of the stage")
