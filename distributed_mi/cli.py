@@ -147,7 +147,7 @@ def run_stages(
 ) -> "Pipeline":
     """Run stages under the workspace lock and print what happened to each."""
     pipeline = open_pipeline(config, overrides)
-    with pipeline.workspace.lock(f"distributed-mi {purpose}"):
+    with pipeline.lock(f"distributed-mi {purpose}"):
         try:
             if len(stages) == 1:
                 getattr(pipeline, stages[0])()

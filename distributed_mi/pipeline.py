@@ -2,8 +2,10 @@
 
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,13 +74,19 @@ class Outcome:
 
 
 class Pipeline:
-    """An experiment with its workspace; each method runs one stage or finds it done."""
+    """An experiment with its workspace; each method runs one stage or finds it done.
+
+    A stage holds the workspace while it runs, so that two at once are refused whoever starts them
+    (`WorkspaceLockedError`).
+    """
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment = experiment
         self.workspace = Workspace(experiment.workspace)
         self.start_ray = RaySession(experiment.ray)
         self.outcomes: list[Outcome] = []
+        self._holder: int | None = None
+        """Thread of this pipeline that holds the workspace."""
         relative = "://" not in experiment.workspace and not Path(experiment.workspace).is_absolute()
         if relative and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
             logger.warning(
@@ -86,6 +94,23 @@ class Pipeline:
                 "set workspace=/an/absolute/path or a URL",
                 experiment.workspace,
             )
+
+    @contextmanager
+    def lock(self, purpose: str) -> Iterator[None]:
+        """Hold the workspace over several stages; inside it the stages find it held. See `Workspace.lock`.
+
+        Raises:
+            WorkspaceLockedError: another run, or another thread, holds it.
+        """
+        if self._holder == threading.get_ident():
+            yield
+            return
+        with self.workspace.lock(purpose):
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
 
     def prepare(self) -> Manifest:
         """Raw logs -> catalogue and sequences."""
@@ -174,15 +199,16 @@ class Pipeline:
 
     def run(self, stages: Sequence[str] = STAGES) -> list[Outcome]:
         """Run the named stages in order, skipping what is done; train and evaluate also run the baselines."""
-        for name in (s for s in STAGES if s in stages):
-            if name == "train":
-                for config in self.experiment.run_configs():
-                    self.train(config)
-            elif name == "evaluate":
-                for config in self.experiment.run_configs():
-                    self.evaluate(config.run_name)
-            else:
-                getattr(self, name)()
+        with self.lock("run"):
+            for name in (s for s in STAGES if s in stages):
+                if name == "train":
+                    for config in self.experiment.run_configs():
+                        self.train(config)
+                elif name == "evaluate":
+                    for config in self.experiment.run_configs():
+                        self.evaluate(config.run_name)
+                else:
+                    getattr(self, name)()
         return self.outcomes
 
     def encode_texts(self, texts: Sequence[str]) -> Any:
@@ -193,11 +219,12 @@ class Pipeline:
         return encode_texts(self.experiment.embed, texts, scale=scale, start_ray=self.start_ray)
 
     def _timed(self, name: str, run: Callable[[], Manifest]) -> Manifest:
-        before = self.workspace.stage(name).manifest()
-        started = time.monotonic()
-        logger.info("%s: start", name)
-        manifest = run()
-        seconds = time.monotonic() - started
+        with self.lock(name):
+            before = self.workspace.stage(name).manifest()
+            started = time.monotonic()
+            logger.info("%s: start", name)
+            manifest = run()
+            seconds = time.monotonic() - started
         skipped = before is not None and before.created == manifest.created
         logger.info("%s: %s, %.1f s", name, "already done, skipped" if skipped else "done", seconds)
         self.outcomes.append(Outcome(name, manifest, skipped, seconds))
