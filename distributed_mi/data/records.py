@@ -6,6 +6,7 @@ Python runs once per line here, nowhere else in this stage: lines are where bad 
 import ast
 import csv
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,8 +224,17 @@ def items_of(
 
 
 def _field_text(record: Record, name: str, what: str) -> tuple[str | None, str | None]:
+    value = record.get(name)
+    if isinstance(value, float):
+        if what in (
+            "user",
+            "item",
+        ):  # not one id but many ways to write it, and NaN would be a user of its own
+            return None, wrong_type(what)
+        if what in ("title", "brand") and math.isnan(value):  # how pandas writes that there is none
+            return None, None
     try:
-        return as_text(record.get(name)), None
+        return as_text(value), None
     except TypeError:
         return None, wrong_type(what)
     except UnicodeError:

@@ -79,6 +79,8 @@ BAD_JSON = {
     b'{"user": "", "item": "a", "timestamp": 5}': "empty user id",
     b'{"user": "u1", "item": null, "timestamp": 5}': "empty item id",
     b'{"user": ["u1"], "item": "a", "timestamp": 5}': "wrong type: user",
+    b'{"user": NaN, "item": "a", "timestamp": 5}': "wrong type: user",
+    b'{"user": "u1", "item": 7.0, "timestamp": 5}': "wrong type: item",
     b'{"user": "\\ud800", "item": "a", "timestamp": 5}': "invalid UTF-8",
     b'{"user": "\xff", "item": "a", "timestamp": 5}': "invalid UTF-8",
     b'{"user": ' + b"[" * 100_000: "malformed line",
@@ -136,16 +138,24 @@ CASES = [
                 {"user": "u1", "item": "a", "timestamp": 10, "stars": 5},
                 {"user": "u1", "item": "b", "timestamp": 20.0, "stars": "4"},
             ),
-            "2.jsonl": lines({"user": "u2", "item": "a", "timestamp": "30", "stars": 3.5}),
+            "2.jsonl": lines(
+                {"user": "u2", "item": "a", "timestamp": "30", "stars": 3.5},
+                {"user": 12, "item": -7, "timestamp": 40, "stars": 1},
+            ),
         },
-        RATED,
+        [*RATED, ("12", "-7", 40_000, 1.0)],
         config={"rating": "stars"},
         bad=BAD_JSON,
-        items={"meta.jsonl": lines({"item": "a", "title": "Soap", "categories": ["Bath"]}, {"item": 7})},
+        items={
+            "meta.jsonl": lines(
+                {"item": "a", "title": "Soap", "categories": ["Bath"]}, {"item": 7, "title": float("nan")}
+            )
+        },
         titles={"a": ("Soap", ["Bath"]), "7": (None, None)},
         bad_items={
             b'{"title": "Nameless"}': "empty item id",
             b'{"item": "x", "title": {}}': "wrong type: title",
+            b'{"item": NaN, "title": "Soap"}': "wrong type: item",
         },
         without_column=("log.jsonl", lines({"user": "u", "item": "i", "time": 5}), "timestamp"),
     ),
@@ -178,6 +188,7 @@ CASES = [
             b'{"reviewerID": "u1"': "malformed line",
             lines(review(user="")).strip(): "empty user id",
             lines(review(time=float("nan"))).strip(): "NaN timestamp",
+            lines(review(item=float("nan"))).strip(): "wrong type: item",
             lines(review(rating="many")).strip(): "wrong type: rating",
             b'{"asin": "\xc3\x28"}': "invalid UTF-8",
         },
