@@ -81,13 +81,15 @@ def run(config: DataConfig, workspace: Workspace, *, start_ray: Callable[[], Non
     }
     key = StageKey("prepare", inputs, config.result_fields())
     stage_run = workspace.stage("prepare").open(key)
+    num_partitions = config.num_partitions or _default_partitions(reader, inputs)
+    prepare = _Prepare(config, stage_run, reader, num_partitions)
     if stage_run.manifest is not None:
+        prepare.accept_complete(stage_run.manifest)
         logger.info("prepare: complete, skipped (%s)", stage_run.root)
         return stage_run.manifest
     plans = {what: _plan(reader, config, what) for what in _whats(config, reader)}
-    num_partitions = config.num_partitions or _default_partitions(reader, inputs)
     start_ray()
-    return _Prepare(config, stage_run, reader, num_partitions).run(plans)
+    return prepare.run(plans)
 
 
 def _check_inputs(config: DataConfig, reader: Reader) -> None:
@@ -206,6 +208,16 @@ class _Prepare:
                 "mend the input, or raise data.max_rejected_fraction."
             )
         logger.warning("prepare: %s", text)
+
+    def accept_complete(self, manifest: Manifest) -> None:
+        """Stop when an earlier run set more rows aside than is allowed now: the limit is no part of the key.
+
+        Raises:
+            RejectedRowsError: see `accept_rejected`.
+        """
+        for what, reasons in manifest.stats.get("rejected_by_input", {}).items():
+            rows = manifest.stats["input_rows"][what]
+            self.accept_rejected(ReadOutcome(rows, rejected=Counter(reasons)), what)
 
     def require_events(self, left: int) -> None:
         """Refuse an empty result.
@@ -395,6 +407,7 @@ class _Prepare:
             "split": self.config.split.name,
             "mean_length": round(events / core.num_users, 4),
             "rejected_by_reason": dict(sorted(rejected.items())),
+            "rejected_by_input": {what: dict(sorted(o.rejected.items())) for what, o in outcomes.items()},
             "input_rows": {what: o.rows for what, o in outcomes.items()},
             "removed_events": dict(self.removed),
             "single_event_users": sum(w.num_single_event_users for w in written),

@@ -206,8 +206,9 @@ def test_too_many_bad_rows_stop_the_stage_after_writing_them(tmp_path, monkeypat
         assert [p.stat().st_mtime_ns for p in staged] == before
         return honest(self, outcome, what)
 
-    monkeypatch.setattr(stage._Prepare, "accept_rejected", watching)
-    manifest, workspace = prepare(tmp_path / "ws", **config, max_rejected_fraction=0.04)
+    with monkeypatch.context() as patch:
+        patch.setattr(stage._Prepare, "accept_rejected", watching)
+        manifest, workspace = prepare(tmp_path / "ws", **config, max_rejected_fraction=0.04)
     assert manifest.rejected_rows == 4
     assert manifest.stats["rejected_by_reason"] == {
         "empty user id": 1,
@@ -217,6 +218,36 @@ def test_too_many_bad_rows_stop_the_stage_after_writing_them(tmp_path, monkeypat
     assert table(workspace, "rejected", "rejected").height == 4
     assert not any("_staging" in p for p in list_files(workspace.fs, workspace.stage("prepare").base))
     assert manifest.rows["events"] == 96
+
+    # the limit lowered again, the complete result is not accepted either; raised, it is skipped without Ray
+    for limit, accepted in ((0.03, False), (0.04, True)):
+        again = DataConfig.model_validate({**config, "max_rejected_fraction": limit})
+        if accepted:
+            assert stage.run(again, workspace, start_ray=never) == manifest
+        else:
+            with pytest.raises(
+                RejectedRowsError, match=r"4 of 100 rows of the interactions .*2 malformed line.*is 3\.00%"
+            ):
+                stage.run(again, workspace, start_ray=never)
+
+
+def test_the_limit_holds_for_each_input_of_a_complete_result(tmp_path):
+    log = "".join(
+        json.dumps({"user": f"u{n % 12}", "item": f"i{n % 7}", "timestamp": n}) + "\n" for n in range(96)
+    )
+    (tmp_path / "log.jsonl").write_text(log)
+    (tmp_path / "items.jsonl").write_text('{"item": "i0", "title": "Soap"}\n{\n')
+    config = {
+        "interactions": str(tmp_path / "log.jsonl"),
+        "items": str(tmp_path / "items.jsonl"),
+        "k_core": {"method": "none"},
+    }
+    manifest, workspace = prepare(tmp_path / "ws", **config, max_rejected_fraction=0.5)
+    assert manifest.rejected_rows == 1  # of 98 in all, but of 2 items
+    with pytest.raises(
+        RejectedRowsError, match=r"1 of 2 rows of the items could not be used \(1 malformed line\)"
+    ):
+        stage.run(DataConfig.model_validate(config), workspace, start_ray=never)
 
 
 def test_a_run_that_died_late_is_finished_by_the_next_and_equals_an_undisturbed_one(tmp_path, monkeypatch):
