@@ -113,14 +113,18 @@ def test_identity_is_hashable_and_names_the_model(backend: Backend) -> None:
 def test_a_prompt_that_does_not_fit_fails_alone(backend: Backend) -> None:
     good, other = requests(2)
     long = Request(other.exemplar, "word " * 5000, 400)
-    responses = backend.generate([good, long])
-    assert responses[0].error is None
-    if responses[0].num_prompt_tokens:  # without tokens there is no limit
-        limited = backend.config.model_dump().get("max_model_len")
-        if limited is not None:
-            assert responses[1].finish_reason == "error"
-            assert str(limited) in (responses[1].error or "")
-    assert [r.user_index for r in responses] == [100, 101]
+    first, second = backend.generate([good, long])
+    assert (first.user_index, second.user_index) == (100, 101)
+    assert first.error is None
+    assert first.text == backend.generate([good])[0].text
+    limit = backend.config.model_dump().get("max_model_len")
+    if limit is None:  # nothing can be too long, so the long prompt has to be answered like any other
+        assert (second.error, second.finish_reason) == (None, "stop")
+        assert json.loads(second.text)["interests"]
+    else:
+        assert second.finish_reason == "error"
+        assert second.text == ""
+        assert str(limit) in (second.error or "")
 
 
 @pytest.mark.parametrize("name", NAMES)
