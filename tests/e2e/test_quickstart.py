@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,8 +79,42 @@ def test_recommend_and_explain_for_a_user_of_each_split(
         assert main(["recommend", *config, "--user", user, "--top", "5", "--json"]) == 0
         answer = json.loads(capsys.readouterr().out)
         assert len(answer["items"]) == 5
+        assert main(["explain", *config, "--user", user, "--json"]) == 0
+        explained = json.loads(capsys.readouterr().out)
+        check_explanation(explained, workspace)
         assert main(["explain", *config, "--user", user]) == 0
-        assert "exemplar" in capsys.readouterr().out.lower()
+        out = capsys.readouterr().out
+        for interest in explained["interests"]:
+            assert f"Interest {interest['number'] + 1}: {interest['names'][0]['text']}" in out
+        assert f"exemplar user {explained['chain']['exemplar_user_id']}" in out
+        assert f"prompt {explained['chain']['prompt_hash'][:16]}" in out
+
+
+def check_explanation(explained: dict, workspace: Path) -> None:
+    """Interests with names and items of their own, and a chain that leads to what the stages have written."""
+    assert len(explained["interests"]) == 4  # of the backbone
+    given = [i["item_id"] for interest in explained["interests"] for i in interest["recommended"]]
+    assert sorted(given) == sorted(i["item_id"] for i in explained["answer"]["items"])
+    for interest in explained["interests"]:
+        assert interest["history"]
+        assert interest["names"]
+        assert all(name["text"] and -1 <= name["similarity"] <= 1.001 for name in interest["names"])
+    stages = Workspace(str(workspace))
+    users = stages.stage("prepare").read(
+        "sequences/train", "sequences", columns=["user_index", "user_id", "item_indices"]
+    )
+    chain = explained["chain"]
+    exemplar = next(u for u in users.to_pylist() if u["user_id"] == chain["exemplar_user_id"])
+    answers = stages.stage("interests").read("answers", "answers").to_pylist()
+    answer = next(a for a in answers if a["user_index"] == exemplar["user_index"])
+    assert (chain["prompt_hash"], chain["answer"]) == (answer["prompt_hash"], answer["answer"])
+    assert len(chain["prompt_hash"]) == 64
+    assert chain["evidence"]
+    for evidence in chain["evidence"]:
+        assert evidence["text"]
+        found = {item["item_index"] for item in evidence["items"]}
+        assert found
+        assert found <= set(exemplar["item_indices"])
 
 
 def test_recommend_for_items_and_the_errors_of_unknown_ones(
@@ -97,7 +132,18 @@ def test_recommend_for_items_and_the_errors_of_unknown_ones(
 def test_compare_tests_the_two_runs_user_by_user(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [str(workspace / "evaluate" / run / "report.json") for run in ("eimf", "most_popular")]
     assert main(["compare", *paths]) == 0
-    assert "recall@20" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    # metric, A, B, B - A, relative, interval, p
+    number = r"([-+]?\d+\.\d+)"
+    row = rf"recall@20 +{number} +{number} +{number} +{number}% +\[{number}, {number}\] +{number}"
+    found = re.search(row, out)
+    assert found, out
+    a, b, difference, _, low, high, p = map(float, found.groups())
+    values = [report(workspace, run)["metrics"]["recall@20"]["value"] for run in ("eimf", "most_popular")]
+    assert [a, b] == pytest.approx(values, abs=1e-4)
+    assert low <= difference <= high < 0
+    assert difference == pytest.approx(b - a, abs=2e-4)
+    assert 0 < p < 0.01
 
 
 def test_a_misspelt_field_is_refused_before_anything_runs(
