@@ -416,6 +416,13 @@ class StageRun:
         """Whether this key's result is already there."""
         return self.manifest is not None
 
+    def reopen(self) -> None:
+        """Declare a complete generation unfinished, because a part of it is gone; what is left is resumed."""
+        if self.manifest is not None:
+            self.fs.delete_file(self.directory.manifest_path)
+            self.manifest = None
+            self.resumed = bool(list_files(self.fs, self.root))
+
     @property
     def fs(self) -> pafs.FileSystem:
         """File system of the workspace (picklable, so tasks may write through it)."""

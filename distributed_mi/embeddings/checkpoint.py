@@ -24,6 +24,14 @@ MAX_FILE_BYTES = 256 << 20
 shard's."""
 
 
+def how_to_mend(directory: str) -> str:
+    """What to do about a damaged checkpoint directory; true of `model/` and of a step's directory alike."""
+    return (
+        f"Remove {directory} and run `distributed-mi train CONFIG` again: a model is exported again, a training "
+        "continues from the checkpoint before."
+    )
+
+
 def sha256(data: bytes) -> str:
     """SHA-256 of some bytes, hex."""
     return hashlib.sha256(data).hexdigest()
@@ -93,7 +101,7 @@ def load_table(
     seen = torch.zeros(table.num_rows, dtype=torch.bool)
     for name in sorted(files):
         path = f"{directory}/{name}"
-        tensors = _read(fs, path, files[name])
+        tensors = _read(fs, directory, name, files[name])
         missing = [n for n in ("ids", *names) if n not in tensors]
         if missing:
             raise CheckpointError(
@@ -113,17 +121,18 @@ def load_table(
         )
 
 
-def _read(fs: pafs.FileSystem, path: str, expected: str) -> dict[str, Tensor]:
+def _read(fs: pafs.FileSystem, directory: str, name: str, expected: str) -> dict[str, Tensor]:
+    path = f"{directory}/{name}"
     try:
         with fs.open_input_stream(path) as stream:
             data = stream.read()
     except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint file {path} is missing") from error
+        raise CheckpointError(f"checkpoint file {path} is missing. {how_to_mend(directory)}") from error
     found = sha256(data)
     if found != expected:
         raise CheckpointError(
             f"checkpoint file {path} is damaged: its SHA-256 is {found[:16]}..., the manifest says "
-            f"{expected[:16]}... Use an earlier checkpoint."
+            f"{expected[:16]}... {how_to_mend(directory)}"
         )
     try:
         return load(data)

@@ -30,7 +30,7 @@ from distributed_mi.core.artifacts import write_bytes
 from distributed_mi.core.config import validate
 from distributed_mi.core.errors import CheckpointError
 from distributed_mi.core.registry import resolve
-from distributed_mi.embeddings.checkpoint import load_table, save_table
+from distributed_mi.embeddings.checkpoint import how_to_mend, load_table, save_table
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer, make_optimizer
@@ -131,12 +131,20 @@ class CheckpointManifest:
             values["model"] = ModelSpec(**values["model"])
             return cls(**values)
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{where} is not a checkpoint manifest: {error}") from error
+            directory = where.removesuffix(f"/{_MANIFEST}")
+            raise CheckpointError(
+                f"{where} is not a checkpoint manifest: {error}. {how_to_mend(directory)}"
+            ) from error
 
 
 def directory_name(step: int) -> str:
     """`step-` and nine digits."""
     return f"step-{step:09d}"
+
+
+def has_manifest(fs: pafs.FileSystem, path: str) -> bool:
+    """Whether a checkpoint directory, or `model/`, is complete."""
+    return bool(fs.get_file_info(f"{path}/{_MANIFEST}").type == pafs.FileType.File)
 
 
 def read_manifest(fs: pafs.FileSystem, path: str) -> CheckpointManifest:
@@ -146,8 +154,11 @@ def read_manifest(fs: pafs.FileSystem, path: str) -> CheckpointManifest:
         CheckpointError: there is none (the checkpoint is incomplete), or it cannot be read.
     """
     where = f"{path}/{_MANIFEST}"
-    if fs.get_file_info(where).type != pafs.FileType.File:
-        raise CheckpointError(f"{path} is not a complete checkpoint: it has no {_MANIFEST}")
+    if not has_manifest(fs, path):
+        raise CheckpointError(
+            f"{path} is not a complete checkpoint: it has no {_MANIFEST}. "
+            "Run `distributed-mi train CONFIG` to write it."
+        )
     with fs.open_input_stream(where) as stream:
         return CheckpointManifest.from_json(stream.read(), where)
 
@@ -184,8 +195,18 @@ class CheckpointStore:
         return self._write(self.path(step), step, spec, table, tensors, state)
 
     def export(self, source_step: int, path: str, table: ItemTable) -> CheckpointManifest:
-        """Copy a checkpoint to `path` without optimizer state; `table` is overwritten by its rows on the way."""
+        """Copy a checkpoint to `path` without optimizer state; `table` is overwritten by its rows on the way.
+
+        Raises:
+            CheckpointError: the checkpoint is gone or damaged.
+        """
         source = self.path(source_step)
+        if not has_manifest(self.fs, source):
+            # Later checkpoints say that this one is the best, so going back to one of them cannot help.
+            raise CheckpointError(
+                f"{source}, the best checkpoint of the run, is gone. Remove {self.root} and run `distributed-mi train "
+                "CONFIG` again, which trains from the start."
+            )
         manifest = read_manifest(self.fs, source)
         dense = _read_tensors(self.fs, source, _DENSE, manifest.files)
         load_table(table, self.fs, source, manifest.table_files, with_optimizer=False)
@@ -293,12 +314,14 @@ def _read_tensors(fs: pafs.FileSystem, directory: str, name: str, files: dict[st
         with fs.open_input_stream(path) as stream:
             data = stream.read()
     except OSError as error:
-        raise CheckpointError(f"checkpoint file {path} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"checkpoint file {path} cannot be read: {error}. {how_to_mend(directory)}"
+        ) from error
     digest = hashlib.sha256(data).hexdigest()
     if digest != files[name]:
         raise CheckpointError(
             f"checkpoint file {path} does not match its hash (SHA-256 {digest[:12]}, manifest says "
-            f"{files[name][:12]}). Remove {directory} to continue from the checkpoint before it."
+            f"{files[name][:12]}). {how_to_mend(directory)}"
         )
     try:
         return safetensors.torch.load(data)

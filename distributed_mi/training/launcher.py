@@ -32,7 +32,7 @@ from distributed_mi.core.artifacts import (
 from distributed_mi.core.config import content_hash
 from distributed_mi.core.errors import ConfigError, DistributedMIError, StageError
 from distributed_mi.embeddings.group import WorkerGroup
-from distributed_mi.training.checkpoint import read_manifest
+from distributed_mi.training.checkpoint import has_manifest, read_manifest
 from distributed_mi.training.config import ScalingConfig, TrainConfig
 from distributed_mi.training.follow import Follow, following
 from distributed_mi.training.loop import ValidateFn
@@ -56,6 +56,8 @@ def run(
     start_ray: Callable[[], None],
 ) -> Manifest:
     """Train one recommender, continue a training that was killed, or return at once when it is done.
+
+    A stage whose `model/` was removed (it was damaged) exports it again from `checkpoints/`, without a step.
 
     Leaves in the generation: `config.json`, `metrics.jsonl`, `checkpoints/`, and `model/`, the best checkpoint
     without optimizer state.
@@ -81,6 +83,9 @@ def run(
     stages = ("prepare", *(SEMANTIC_STAGES if owner.requires_semantics else ()))
     inputs = {stage: workspace.stage(stage).require().identity for stage in stages}
     stage_run = workspace.stage(name).open(StageKey(name, inputs, config.result_fields()))
+    if stage_run.complete and not has_manifest(stage_run.fs, stage_run.path("model")):
+        logger.warning("%s: %s is gone; writing it again", name, stage_run.path("model"))
+        stage_run.reopen()
     if stage_run.manifest is not None:
         return stage_run.manifest
     write_bytes(stage_run.fs, stage_run.path("config.json"), _config_json(config))

@@ -1,6 +1,8 @@
 """The train stage on one worker: what it leaves, when it runs again, what it refuses. No Ray."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from distributed_mi.core.artifacts import Workspace
-from distributed_mi.core.errors import ConfigError, InputError, WorkspaceError
+from distributed_mi.core.errors import CheckpointError, ConfigError, InputError, WorkspaceError
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.training import launcher
 from distributed_mi.training.checkpoint import load_model
@@ -90,6 +92,83 @@ def test_a_killed_run_continues_in_its_generation(tmp_path: Path) -> None:
     undisturbed = train(make_prepared(tmp_path / "b"), config)
     assert manifest.stats["content"] == undisturbed.stats["content"]
     assert manifest.stats["validation"] == undisturbed.stats["validation"]
+
+
+def remove_what_the_message_names(error: CheckpointError) -> Path:
+    """Do what a user does who follows the message."""
+    found = re.search(r"Remove (\S+) and run `distributed-mi train CONFIG` again", str(error))
+    assert found is not None, error
+    shutil.rmtree(found[1])
+    return Path(found[1])
+
+
+@pytest.mark.parametrize(
+    "file", ["dense.safetensors", "table-00000-of-00001-0000.safetensors", "manifest.json"]
+)
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_model_is_exported_again_without_training(tmp_path: Path, file: str, damage: str) -> None:
+    workspace = make_prepared(tmp_path)
+    config = tiny_config(max_steps=4, validate_every=2)
+    first = train(workspace, config)
+    folder = Path(workspace.stage("train/remi").path("model"))
+    if damage == "missing":
+        (folder / file).unlink()
+    else:
+        (folder / file).write_bytes(b"x" + (folder / file).read_bytes())
+    with pytest.raises(CheckpointError) as caught:
+        load_model(workspace.fs, str(folder))
+    if (folder / "manifest.json").exists():
+        assert remove_what_the_message_names(caught.value) == folder
+    else:
+        assert "Run `distributed-mi train CONFIG` to write it" in str(caught.value)
+    again = train(workspace, config, validate=no_ray)  # no validation, so no step was taken
+    assert again.identity == first.identity
+    load_model(workspace.fs, str(folder))
+
+
+def test_a_stage_without_its_model_does_not_read_as_complete_while_it_is_exported(tmp_path: Path) -> None:
+    workspace = make_prepared(tmp_path)
+    config = tiny_config(max_steps=4, validate_every=2)
+    train(workspace, config)
+    stage = workspace.stage("train/remi")
+    shutil.rmtree(stage.path("model"))
+    for dense in Path(stage.path("checkpoints")).glob("*/dense.safetensors"):
+        dense.write_bytes(b"damaged too")
+    with pytest.raises(CheckpointError):
+        train(workspace, config)
+    assert stage.manifest() is None
+
+
+def test_a_damaged_best_checkpoint_can_be_trained_again(tmp_path: Path) -> None:
+    """The newest checkpoint is whole, but the best one, of another step, is not: following the messages ends well."""
+    workspace = make_prepared(tmp_path)
+    config = tiny_config(max_steps=60, validate_every=10)
+    validate = HitsOfLastItem(workspace, config.max_history)
+    calls = []
+
+    def best_at_the_second(model: Any, group: WorkerGroup) -> dict[str, float]:
+        calls.append(1)
+        return {"recall@50": 1.0 if len(calls) % 6 == 2 else validate(model, group)["recall@50"]}
+
+    first = train(workspace, config, validate=best_at_the_second)
+    assert first.stats["best_step"] == 20
+    root = Path(workspace.stage("train/remi").path())
+    shutil.rmtree(root / "model")
+    (root / "checkpoints/step-000000020/dense.safetensors").write_bytes(b"damaged")
+    for removed in (root / "checkpoints/step-000000020", root / "checkpoints"):
+        with pytest.raises(CheckpointError) as caught:
+            train(workspace, config, validate=best_at_the_second)
+        assert remove_what_the_message_names(caught.value) == removed
+    assert train(workspace, config, validate=best_at_the_second).identity == first.identity
+
+
+def test_counts_are_exported_again_when_the_model_is_gone(tmp_path: Path) -> None:
+    workspace = make_prepared(tmp_path)
+    config = tiny_config(model={"name": "most_popular"})
+    first = train(workspace, config)
+    shutil.rmtree(workspace.stage("train/most_popular").path("model"))
+    assert train(workspace, config).identity == first.identity
+    load_model(workspace.fs, workspace.stage("train/most_popular").path("model"))
 
 
 def test_most_popular_is_counted_without_steps(tmp_path: Path) -> None:
