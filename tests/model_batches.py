@@ -43,13 +43,14 @@ def make_batch(num_users: int = 7, num_negatives: int = 12, seed: int = 5) -> Tr
     negatives = torch.randint(1, NUM_ROWS, (num_negatives,), generator=generator)
     negatives[: min(2, num_users)] = targets[:2]
     text_VT = torch.randn(NUM_ROWS, TEXT_DIM, generator=generator)
-    text_VT[int(targets[num_users // 2])] = 0.0
+    text_VT[[0, int(targets[num_users // 2])]] = 0.0
     interests_mask = torch.arange(4) < (torch.arange(num_users) % 4 + 1)[:, None]
     semantics = SemanticBatch(
         torch.randn(num_users, 4, TEXT_DIM, generator=generator) * interests_mask[:, :, None],
         interests_mask,
         text_VT[targets],
         text_VT[negatives],
+        catalogue_text_VT=text_VT,
     )
     return TrainBatch(make_history(num_users, seed), targets, negatives, semantics)
 
@@ -62,11 +63,11 @@ def cut(batch: TrainBatch, start: int, stop: int) -> TrainBatch:
         batch,
         history=HistoryBatch(batch.history.item_ids_BL[start:stop], batch.history.mask_BL[start:stop]),
         target_ids_B=batch.target_ids_B[start:stop],
-        semantics=SemanticBatch(
-            s.interests_BMT[start:stop],
-            s.interests_mask_BM[start:stop],
-            s.target_text_BT[start:stop],
-            s.negative_text_NT,
+        semantics=replace(
+            s,
+            interests_BMT=s.interests_BMT[start:stop],
+            interests_mask_BM=s.interests_mask_BM[start:stop],
+            target_text_BT=s.target_text_BT[start:stop],
         ),
     )
 

@@ -3,8 +3,13 @@
 Shapes:  B users, K interests, D width.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+ReadOut = Callable[[Tensor, Tensor], Tensor]
+"""`(interests_BKD, target_rows_BD) -> [B, D]`."""
 
 
 def hard_read_out(interests_BKD: Tensor, target_rows_BD: Tensor) -> Tensor:
@@ -18,15 +23,20 @@ def hard_read_out(interests_BKD: Tensor, target_rows_BD: Tensor) -> Tensor:
     return interests_BKD[torch.arange(len(best_B), device=best_B.device), best_B]
 
 
-def soft_read_out(query_BD: Tensor, values_BMD: Tensor, mask_BM: Tensor | None = None) -> Tensor:
+def soft_read_out(
+    query_BD: Tensor, values_BMD: Tensor, mask_BM: Tensor | None = None, *, scale: bool = True
+) -> Tensor:
     """Target-aware attention (EIMF, equations 6 and 8): `softmax_m(q . v_m / sqrt(D))`-weighted sum, `[B, D]`.
 
     Args:
         query_BD: the target.
         values_BMD: keys and values.
         mask_BM: True on real values, at least one per user; None: all are.
+        scale: divide by sqrt(D).
     """
-    scores_BM = (values_BMD @ query_BD[:, :, None]).squeeze(2) / query_BD.shape[1] ** 0.5
+    scores_BM = (values_BMD @ query_BD[:, :, None]).squeeze(2)
+    if scale:
+        scores_BM = scores_BM / query_BD.shape[1] ** 0.5
     if mask_BM is not None:
         scores_BM = scores_BM.masked_fill(~mask_BM, float("-inf"))
     return (torch.softmax(scores_BM, dim=1)[:, None, :] @ values_BMD).squeeze(1)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from distributed_mi.core.config import ConfigModel
 from distributed_mi.core.errors import InputError
 from distributed_mi.embeddings.table import ItemTable
+from distributed_mi.losses.read_out import ReadOut
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class SemanticBatch:
         interests_BMT: float32, text vectors of the interests that each user inherits from its exemplar,
         zero-padded. interests_mask_BM: bool, True on real interests; at least one per user. target_text_BT:
         float32, text vector of the target item. negative_text_NT: float32, text vectors of the step's shared
-        negatives.
+        negatives. catalogue_text_VT: float32, text vectors of all items, row 0 zero; None unless the model has
+        `reads_catalogue_text`.
     Items without text have zero vectors.
 
     Raises:
@@ -60,6 +62,7 @@ class SemanticBatch:
     interests_mask_BM: Tensor
     target_text_BT: Tensor
     negative_text_NT: Tensor
+    catalogue_text_VT: Tensor | None = None
 
     def __post_init__(self) -> None:
         empty = ~self.interests_mask_BM.any(dim=1)
@@ -168,6 +171,15 @@ class Recommender(nn.Module):
         object.__setattr__(self, "items", items)
 
     items: ItemTable
+
+    read_out: ReadOut | None = None
+    """Which of several interests the loss compares with a target. A model whose loss calls it may be given another one
+    (EIMF's `recommendation_read_out`). None: there is no choice to replace."""
+
+    @property
+    def reads_catalogue_text(self) -> bool:
+        """Whether `loss` needs the text vectors of all items, on each worker's device."""
+        return False
 
     @property
     def num_interests(self) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from distributed_mi.core.config import ConfigModel
 from distributed_mi.embeddings.table import ItemTable
-from distributed_mi.losses.read_out import hard_read_out
+from distributed_mi.losses.read_out import ReadOut, hard_read_out
 from distributed_mi.losses.sampled_softmax import sampled_softmax
 from distributed_mi.models.base import HistoryBatch, LossTerms, Recommender, StepRows, TrainBatch, UserState
 from distributed_mi.models.layers import AttentivePooling
@@ -56,6 +56,7 @@ class ComiRecSA(Recommender):
             bias=config.bias,
             positions=config.positions,
         )
+        self.read_out: ReadOut = hard_read_out
 
     @property
     def num_interests(self) -> int:
@@ -67,13 +68,13 @@ class ComiRecSA(Recommender):
         return UserState(*self.pooling(history_rows_BLD, history.mask_BL))
 
     def loss_from_rows(self, batch: TrainBatch, rows: StepRows) -> tuple[UserState, LossTerms]:
-        """Sampled softmax on the interest closest to the target (hard read-out, as in the paper).
+        """Sampled softmax on the interest closest to the target (`read_out`: hard, as in the paper).
 
         The choice of interest is not differentiated; the other K - 1 receive no gradient from this user.
         """
         state = self.encode_rows(batch.history, rows.history_BLD)
         values_B = sampled_softmax(
-            hard_read_out(state.interests_BKD, rows.target_BD),
+            self.read_out(state.interests_BKD, rows.target_BD),
             rows.target_BD,
             rows.negative_ND,
             target_ids_B=batch.target_ids_B,

@@ -70,21 +70,27 @@ class AttentivePooling(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention over a masked set, no positions."""
+    """Multi-head self-attention over a masked set, no positions.
 
-    def __init__(self, dim: int, *, num_heads: int, residual: bool) -> None:
+    Without projections queries, keys and values are the vectors themselves and nothing is trained.
+    """
+
+    def __init__(self, dim: int, *, num_heads: int, residual: bool, projections: bool = True) -> None:
         super().__init__()
         self.num_heads, self.residual = num_heads, residual
-        self.inputs = nn.Linear(dim, 3 * dim)
-        self.output = nn.Linear(dim, dim)
+        self.inputs = nn.Linear(dim, 3 * dim) if projections else None
+        self.output = nn.Linear(dim, dim) if projections else None
 
     def forward(self, values_BMD: Tensor, mask_BM: Tensor) -> Tensor:
         """New vectors `[B, M, D]`; each attends to the real vectors only. What stands at padding has no meaning."""
         b, m, d = values_BMD.shape
-        qkv = self.inputs(values_BMD).view(b, m, 3, self.num_heads, d // self.num_heads)
+        projected = values_BMD.repeat(1, 1, 3) if self.inputs is None else self.inputs(values_BMD)
+        qkv = projected.view(b, m, 3, self.num_heads, d // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4)
         mixed = nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask_BM[:, None, None, :]
         )
-        out_BMD = self.output(mixed.transpose(1, 2).reshape(b, m, d))
+        out_BMD = mixed.transpose(1, 2).reshape(b, m, d)
+        if self.output is not None:
+            out_BMD = self.output(out_BMD)
         return values_BMD + out_BMD if self.residual else out_BMD

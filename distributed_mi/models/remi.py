@@ -16,7 +16,6 @@ default, because they would get the largest weights.
 from pydantic import NonNegativeFloat
 
 from distributed_mi.losses.hard_negatives import hard_negative_softmax
-from distributed_mi.losses.read_out import hard_read_out
 from distributed_mi.losses.regularizers import routing_penalty
 from distributed_mi.models.base import LossTerms, StepRows, TrainBatch, UserState
 from distributed_mi.models.comirec_sa import ComiRecSA
@@ -38,7 +37,7 @@ class REMI(ComiRecSA):
         state = self.encode_rows(batch.history, rows.history_BLD)
         assert state.attention_BKL is not None
         values_B = hard_negative_softmax(
-            hard_read_out(state.interests_BKD, rows.target_BD),
+            self.read_out(state.interests_BKD, rows.target_BD),
             rows.target_BD,
             rows.negative_ND,
             beta=self.config.ihn_beta,

@@ -49,6 +49,7 @@ class StepBatches:
         group: WorkerGroup,
         *,
         semantics: Semantics | None = None,
+        catalogue_text: bool = False,
         parts: int = 1,
     ) -> None:
         """Prepare to cut steps.
@@ -58,10 +59,14 @@ class StepBatches:
             negatives: shared negatives of a step; its configuration says whether logits are corrected.
             group: the workers of the run.
             semantics: language side, for models that ask for it.
+            catalogue_text: give every batch the text of all items too, moved to the device once.
             parts: accumulation parts of a worker's share.
         """
         self.sampler, self.negatives, self.group, self.semantics = sampler, negatives, group, semantics
         self.num_users = sampler.num_users
+        self._catalogue_text_VT: Tensor | None = None
+        if semantics is not None and catalogue_text:
+            self._catalogue_text_VT = self._to_device(semantics.item_text_VT)
         self._cuts = cut_into_parts(self.num_users, group.rank, group.size, parts)
 
     def __call__(self, step: int) -> Sequence[TrainBatch]:
@@ -106,4 +111,5 @@ class StepBatches:
             self._to_device(batch.interests_mask_BM),
             self._to_device(batch.target_text_BT),
             self._to_device(batch.negative_text_NT),
+            self._catalogue_text_VT,
         )

@@ -5,7 +5,7 @@
     item_vectors       item -> text vector              (stage embed), one matrix `[V, T]`
 
 Users of one exemplar share its rows, so memory is linear in exemplars, not users. The item matrix lies in every
-worker; the seam for a sharded one is `item_text`, the only place that reads it.
+worker; the seam for a sharded one is `item_text`, which reads it for everything but a loss over all items.
 
 Shapes:  B users, M semantic interests (padded to the largest of the batch), T text width, V items with padding,
 U training users, I largest `user_index` of them and one, R interest rows of all exemplars.

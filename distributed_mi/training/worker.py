@@ -101,6 +101,7 @@ def assemble(
         NegativeSampler(config.negatives, num_rows=num_rows, seed=config.seed, num_train_events_V=counts_V),
         group,
         semantics=semantics,
+        catalogue_text=model.reads_catalogue_text,
         parts=config.engine.accumulation,
     )
     store = CheckpointStore(workspace.fs, f"{root}/checkpoints", group)

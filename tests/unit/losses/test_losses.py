@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distributed_mi.losses.full_softmax import full_softmax
 from distributed_mi.losses.hard_negatives import hard_negative_softmax, log_weights
 from distributed_mi.losses.read_out import hard_read_out, soft_read_out
 from distributed_mi.losses.sampled_softmax import MASKED, sampled_softmax
@@ -58,6 +59,47 @@ def test_huge_scores_stay_finite_with_finite_gradients(beta: float) -> None:
     assert torch.isfinite(query.grad).all()
 
 
+def catalogue_problem() -> tuple[torch.Tensor, torch.Tensor, torch.nn.Linear]:
+    """Users, a catalogue of 23 rows whose rows 0 and 9 are empty, and a projection."""
+    torch.manual_seed(0)
+    catalogue = torch.randn(23, 6)
+    catalogue[[0, 9]] = 0.0
+    return torch.randn(5, 4, requires_grad=True), catalogue, torch.nn.Linear(6, 4)
+
+
+@pytest.mark.parametrize("tile_rows", [1, 7, 23, 100])
+def test_full_softmax_in_tiles_is_the_dense_one_with_its_gradients(tile_rows: int) -> None:
+    query, catalogue, project = catalogue_problem()
+    targets = torch.tensor([1, 2, 2, 22, 5])
+    losses = full_softmax(query, project(catalogue[targets]), catalogue, project=project, tile_rows=tile_rows)
+    filled = catalogue.any(dim=1)
+    logits = (query @ project(catalogue).T)[:, filled]
+    place = filled.cumsum(0)[targets] - 1
+    dense = torch.nn.functional.cross_entropy(logits, place, reduction="none")
+    torch.testing.assert_close(losses, dense)
+    inputs = (query, project.weight, project.bias)
+    weights = torch.arange(1.0, 6.0)
+    found = torch.autograd.grad((losses * weights).sum(), inputs)
+    torch.testing.assert_close(
+        found, torch.autograd.grad((dense * weights).sum(), inputs), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_full_softmax_keeps_no_scores_for_the_backward_pass() -> None:
+    """50 users and tiles of 6 items: a tile's scores are 300 numbers, inputs and sums per tile 200 at most."""
+    _, catalogue, project = catalogue_problem()
+    query, rows = torch.randn(50, 4, requires_grad=True), torch.randn(50, 4)
+    kept: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        full_softmax(query, rows, catalogue, project=project, tile_rows=6)
+    assert max(kept) == 200
+
+
 @pytest.mark.parametrize("beta", [0.0, 1.0])
 def test_a_user_whose_negatives_are_all_accidental_costs_nothing_and_has_no_nan(beta: float) -> None:
     values = problem()
@@ -97,3 +139,7 @@ def test_soft_read_out_is_a_masked_softmax_and_the_identity_for_one_interest() -
     read = soft_read_out(query, values, mask)
     torch.testing.assert_close(read, torch.stack([first, 1 - first, first * 0, first * 0])[None])
     assert torch.equal(soft_read_out(query, values[:, :1]), values[:, 0])
+    # Not scaled: scores (2, 0).
+    first = torch.tensor(2.0).exp() / (torch.tensor(2.0).exp() + 1)
+    read = soft_read_out(query, values, mask, scale=False)
+    torch.testing.assert_close(read, torch.stack([first, 1 - first, first * 0, first * 0])[None])

@@ -9,6 +9,7 @@ import torch
 from distributed_mi.core.errors import ConfigError, InputError
 from distributed_mi.embeddings.optimizer import SGD
 from distributed_mi.models.base import Recommender, TrainBatch
+from distributed_mi.models.comirec_sa import ComiRecSA
 from distributed_mi.models.eimf import EIMF
 from tests.model_batches import (
     MAX_HISTORY,
@@ -132,28 +133,141 @@ def test_items_without_text_take_no_part_in_prediction_and_item_alignment() -> N
     assert with_text.mean["semantic"].item() > 0.0
 
 
+NEEDED_BY: dict[str, dict[str, Any]] = {
+    "num_heads": {"text_width": "text"},
+    "alignment_space": {"text_width": "text"},
+}
+"""Switch -> what it cannot do without, which is set on both sides of the comparison."""
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "changed"),
     [
-        {"text_width": "text", "num_heads": 3},
-        {"projection": "separate"},
-        {"residual": False},
-        {"alignment_read_out": "hard"},
-        {"both_directions": True},
-        {"mask_equal_targets": False},
-        {"mask_accidental_hits": False},
-        {"temperature": 1.0},
-        {"backbone": {"name": "comirec_sa", "num_interests": 2}},
-        {"backbone": {"name": "youtube_dnn"}},
+        ({"text_width": "text"}, {"semantic", "alignment"}),
+        ({"num_heads": 3}, {"semantic", "alignment"}),
+        ({"projection": "separate"}, {"semantic", "alignment"}),
+        ({"alignment_space": "text"}, {"alignment"}),
+        ({"residual": False}, {"semantic", "alignment"}),
+        ({"attention_projections": False}, {"semantic", "alignment"}),
+        ({"attention_scale": False}, {"semantic", "alignment"}),
+        ({"prediction_candidates": "all"}, {"semantic"}),
+        ({"alignment_read_out": "hard"}, {"alignment"}),
+        ({"recommendation_read_out": "soft"}, {"recommendation"}),
+        ({"both_directions": True}, {"alignment"}),
+        ({"mask_equal_targets": False}, {"alignment"}),
+        ({"mask_accidental_hits": False}, {"semantic"}),
+        ({"temperature": 1.0}, {"alignment"}),
+        ({"backbone": {"name": "comirec_sa", "num_interests": 2}}, {"recommendation", "alignment"}),
+        ({"backbone": {"name": "youtube_dnn"}}, {"recommendation", "alignment"}),
     ],
+    ids=str,
 )
-def test_every_switch_changes_the_loss_and_trains(settings: dict[str, Any]) -> None:
-    terms = make_model("eimf", **settings).loss(make_batch())
-    default = make_model("eimf").loss(make_batch())
+def test_every_switch_changes_the_loss_and_trains(settings: dict[str, Any], changed: set[str]) -> None:
+    needed = {k: v for name in settings for k, v in NEEDED_BY.get(name, {}).items()}
+    model, plain = make_model("eimf", **needed, **settings), make_model("eimf", **needed)
+    # The same first values on both sides, as far as both have them, so that only the switch makes a difference.
+    own = model.state_dict()
+    shared = {n: v for n, v in plain.state_dict().items() if n in own and own[n].shape == v.shape}
+    model.load_state_dict(own | shared)
+    terms, default = model.loss(make_batch()), plain.loss(make_batch())
     names = ("recommendation", "semantic", "alignment")
-    assert any(not torch.equal(terms.mean[n], default.mean[n]) for n in names)
-    terms.total(7).backward()
+    different = {n for n in names if not torch.equal(terms.mean[n], default.mean[n])}
+    assert different >= changed
+    if not {"backbone", "text_width"} & settings.keys():
+        assert different == changed
     assert all(torch.isfinite(v).all() for v in terms.mean.values())
+    terms.total(7).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+    before = terms.total(7).item()
+    assert train_on_one_batch(model).loss(make_batch()).total(7).item() < before
+
+
+def train_on_one_batch(model: Recommender, steps: int = 15) -> Recommender:
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model.loss(make_batch()).total(7).backward()
+        optimizer.step()
+        model.items.step(0.01)
+    return model
+
+
+def test_every_field_is_a_weight_a_task_or_a_tested_switch() -> None:
+    """A new choice in `Config` must be added to the test above."""
+    marks = test_every_switch_changes_the_loss_and_trains.pytestmark  # type: ignore[attr-defined]
+    cases = next(m.args[1] for m in marks if m.name == "parametrize")
+    tested = {name for settings, _ in cases for name in settings}
+    assert tested | {"gamma", "alpha", "beta", "prediction", "alignment"} == set(EIMF.Config.model_fields)
+
+
+def test_prediction_over_all_items_by_second_implementation() -> None:
+    """Equation 9 with k over every item that has a text; padding and the item without text are no candidates."""
+    model, batch = make_model("eimf", gamma=1.0, prediction_candidates="all"), make_batch()
+    s = batch.semantics
+    assert s is not None
+    assert s.catalogue_text_VT is not None
+    assert model.reads_catalogue_text
+    view = model.semantic(s)
+    has_text = s.catalogue_text_VT.any(dim=1)
+    assert int((~has_text).sum()) == 2
+    logits = view.interest_BS @ model.semantic.interest_projection(s.catalogue_text_VT).T
+    logits = logits.masked_fill(~has_text, float("-inf"))
+    expected = torch.nn.functional.cross_entropy(logits, batch.target_ids_B, reduction="none")
+    expected = torch.where(s.target_text_BT.any(dim=1), expected, 0.0)
+    torch.testing.assert_close(model.loss(batch).mean["semantic"], expected)
+
+
+def test_text_of_the_catalogue_is_asked_for_only_where_it_is_read() -> None:
+    assert not make_model("eimf").reads_catalogue_text
+    for off in ({"gamma": 0.0}, {"prediction": False}):
+        assert not make_model("eimf", prediction_candidates="all", **off).reads_catalogue_text
+    batch = make_batch()
+    assert batch.semantics is not None
+    without = replace(batch, semantics=replace(batch.semantics, catalogue_text_VT=None))
+    with pytest.raises(InputError, match="no text of the catalogue"):
+        make_model("eimf", prediction_candidates="all").loss(without)
+
+
+def test_alignment_in_text_space_compares_at_text_width() -> None:
+    """beta alone: 1 - cos of the raw text vectors with projected behaviour vectors."""
+    model = make_model("eimf", gamma=1.0, alpha=0.0, beta=1.0, text_width="text", alignment_space="text")
+    batch = make_batch()
+    assert batch.semantics is not None
+    assert model.semantic.interest_projection.weight.shape == (TEXT_DIM, 8)
+    row = model.items.rows(batch.target_ids_B)
+    behaviour = model.encode(batch.history).interests_BKD
+    weights = torch.softmax((behaviour @ row[:, :, None]).squeeze(2) / 8**0.5, dim=1)
+    read = (weights[:, :, None] * behaviour).sum(dim=1)
+    lift, cosine = model.semantic.interest_projection, torch.nn.functional.cosine_similarity
+    view, text = model.semantic(batch.semantics), batch.semantics.target_text_BT
+    items = (1 - cosine(text, lift(row))) * text.any(dim=1)
+    expected = (1 - cosine(view.interest_BS, lift(read))) + items
+    torch.testing.assert_close(model.loss(batch).mean["alignment"], expected)
+
+
+def test_soft_recommendation_compares_the_attended_vector_with_the_items() -> None:
+    """Equation 13 with h_im for h_ex, over ComiRec-SA, whose loss is a plain sampled softmax."""
+    settings = {"gamma": 0.0, "backbone": {"name": "comirec_sa"}}
+    model = make_model("eimf", recommendation_read_out="soft", **settings)
+    batch = make_batch()
+    rows, negatives = model.items.rows(batch.target_ids_B), model.items.rows(batch.negative_ids_N)
+    behaviour = model.encode(batch.history).interests_BKD
+    weights = torch.softmax((behaviour @ rows[:, :, None]).squeeze(2) / 8**0.5, dim=1)
+    read = (weights[:, :, None] * behaviour).sum(dim=1)
+    scores = (read @ negatives.T).masked_fill(batch.target_ids_B[:, None] == batch.negative_ids_N, -1e30)
+    own = (read * rows).sum(dim=1, keepdim=True)
+    expected = torch.logsumexp(torch.cat([own, scores], dim=1), dim=1) - own[:, 0]
+    torch.testing.assert_close(model.loss(batch).mean["recommendation"], expected)
+    # Serving still reads the backbone's interests.
+    assert torch.equal(behaviour, make_model("eimf", **settings).encode(batch.history).interests_BKD)
+
+
+class OwnReadOut(ComiRecSA):
+    """A backbone of somebody else, whose loss does not ask `read_out`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.read_out = None
 
 
 def test_each_task_can_be_left_out() -> None:
@@ -180,6 +294,15 @@ def test_what_cannot_work_is_refused() -> None:
         make_model("eimf", backbone={"name": "remi", "ihn_bta": 1})
     with pytest.raises(ConfigError, match="num_heads 3 does not divide the width 8"):
         make_model("eimf", num_heads=3)
+    with pytest.raises(ConfigError, match='needs text_width = "text"'):
+        make_model("eimf", alignment_space="text")
+    with pytest.raises(ConfigError, match="nothing is trained by L_S"):
+        make_model("eimf", text_width="text", attention_projections=False)
+    make_model("eimf", text_width="text", attention_projections=False, prediction=False)
+    own = {"name": f"{__name__}:OwnReadOut"}
+    make_model("eimf", backbone=own)
+    with pytest.raises(ConfigError, match="no read_out to replace"):
+        make_model("eimf", backbone=own, recommendation_read_out="soft")
     with pytest.raises(ConfigError, match="no width"):
         EIMF(EIMF.Config(), items=make_table(), max_history=4)
     with pytest.raises(InputError, match="no semantic interests"):

@@ -213,6 +213,14 @@ def test_a_model_with_semantics_needs_the_stages_and_depends_on_them(tmp_path: P
     assert model.text_dim == 6
 
 
+def test_a_softmax_over_all_item_texts_trains(tmp_path: Path) -> None:
+    workspace = make_prepared(tmp_path)
+    add_semantics(workspace)
+    model = {"name": "eimf", "prediction_candidates": "all", "gamma": 1.0, "alignment": False}
+    stats = train(workspace, tiny_config(model=model, max_steps=30, validate_every=30)).stats
+    assert stats["loss"]["last"] < stats["loss"]["first"]
+
+
 def test_a_step_too_small_for_its_parts_is_refused(tmp_path: Path) -> None:
     config = tiny_config(num_users_per_step=2, engine={"name": "ddp", "accumulation": 3})
     with pytest.raises(ConfigError, match="a step needs at least 3"):
