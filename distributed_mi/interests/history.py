@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+UNNAMED = "items without title or category"
+"""The interest in items of which nothing is known but an id."""
+
 
 @dataclass(frozen=True)
 class HistoryItem:
@@ -12,11 +15,13 @@ class HistoryItem:
         item_index: the id that a prompt shows and an answer may cite.
         title: as in the catalogue; `item <outside id>` when it has none.
         categories: from general to special, possibly empty.
+        has_title: False when `title` is made of the outside id, which a prompt may show but which names no interest.
     """
 
     item_index: int
     title: str
     categories: tuple[str, ...] = ()
+    has_title: bool = True
 
 
 @dataclass(frozen=True)

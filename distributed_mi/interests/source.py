@@ -59,5 +59,8 @@ class Source:
 
 def _history_item(row: Mapping[str, Any]) -> HistoryItem:
     """An item without a title is called by its outside id."""
-    title = (row["title"] or "").strip() or f"item {row['item_id']}"
-    return HistoryItem(row["item_index"], title, tuple(c for c in row["categories"] or () if c))
+    title = (row["title"] or "").strip()
+    categories = tuple(c for c in row["categories"] or () if c)
+    return HistoryItem(
+        row["item_index"], title or f"item {row['item_id']}", categories, has_title=bool(title)
+    )

@@ -20,7 +20,7 @@ from distributed_mi.core import schema
 from distributed_mi.core.artifacts import Manifest, StageKey, StageRun, Workspace
 from distributed_mi.core.errors import StageError
 from distributed_mi.interests.config import InterestsConfig
-from distributed_mi.interests.history import Exemplar
+from distributed_mi.interests.history import UNNAMED, Exemplar
 from distributed_mi.interests.ladder import KEYPHRASE, STEPS, read_answer
 from distributed_mi.interests.parse import ParsedAnswer, ParsedInterest
 from distributed_mi.interests.sanitize import printable
@@ -121,8 +121,11 @@ def _read_interests(
 
 
 def _titles_as_interests(exemplar: Exemplar, config: InterestsConfig) -> tuple[ParsedInterest, ...]:
-    """The newest items stand in for interests when an answer names none (as EIMF does)."""
-    items = exemplar.latest(config.max_interests).history
+    """The newest items with a title stand in for interests when an answer names none (as EIMF does)."""
+    items = [i for i in exemplar.history if i.has_title][-config.max_interests :]
+    if not items:
+        support = tuple(i.item_index for i in exemplar.history)
+        return (ParsedInterest(printable(UNNAMED, config.max_interest_chars), support),)
     return tuple(
         ParsedInterest(
             printable(i.title, config.max_interest_chars) or f"item {i.item_index}", (i.item_index,)

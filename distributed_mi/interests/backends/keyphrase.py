@@ -5,8 +5,9 @@ The items of a history are grouped by category; a group's phrases are scored by 
 
     score(phrase, group) = titles of the group that hold it * log(1 + items / titles of the catalogue that hold it)
 
-One group gives one interest, `Category: phrase, phrase, phrase`, with the group's items as support. Deterministic; the
-baseline that a language model has to beat, and the answer when one fails.
+One group gives one interest, `Category: phrase, phrase, phrase`, with the group's items as support. The id of an item
+without title gives no phrase: it would be the rarest of all, and names nothing. Deterministic; the baseline that a
+language model has to beat, and the answer when one fails.
 """
 
 import json
@@ -22,7 +23,7 @@ from pydantic import PositiveInt
 
 from distributed_mi.core.config import ConfigModel
 from distributed_mi.interests.backends.base import Backend, BackendContext, Request, Response
-from distributed_mi.interests.history import HistoryItem
+from distributed_mi.interests.history import UNNAMED, HistoryItem
 from distributed_mi.interests.sanitize import printable
 
 _WORD = re.compile(r"[^\W\d_][\w'-]*")
@@ -48,7 +49,7 @@ class DocumentFrequencies:
         self.num_items = 0
         for item in items:
             self.num_items += 1
-            for phrase in title_phrases(item.title):
+            for phrase in title_phrases(item.title) if item.has_title else ():
                 self._titles[zlib.crc32(phrase.encode()) % _CELLS] += 1
             self._categories.update(set(item.categories))
 
@@ -99,7 +100,7 @@ class KeyphraseBackend(Backend):
     @property
     def model_id(self) -> str:
         """The method and its version."""
-        return "keyphrase-1"
+        return "keyphrase-2"
 
     def generate(self, requests: Sequence[Request]) -> list[Response]:
         """Answer every request; token counts are zero because there are none."""
@@ -136,15 +137,16 @@ class KeyphraseBackend(Backend):
 
     def _text(self, category: str, items: Sequence[HistoryItem]) -> str:
         limit = self.context.max_interest_chars
+        name = printable(_full_name(category, items), limit)
+        items = [i for i in items if i.has_title]
         phrases = self._phrases(category, items) or list(dict.fromkeys(i.title for i in items))
-        text = printable(_full_name(category, items), limit)
-        separator = ": " if text else ""
+        text, separator = name, ": " if name else ""
         for phrase in phrases[: self.config.phrases_per_interest]:
             longer = text + separator + phrase
             if len(longer) > limit:
                 break
             text, separator = longer, ", "
-        return text or printable(phrases[0], limit)
+        return text or printable(phrases[0] if phrases else UNNAMED, limit)
 
     def _phrases(self, category: str, items: Sequence[HistoryItem]) -> list[str]:
         """Phrases by falling score, ties by name; each brings a word that category and earlier phrases do not have."""

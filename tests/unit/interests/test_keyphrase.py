@@ -93,6 +93,25 @@ def test_titles_without_words_give_the_title() -> None:
     assert answer([item(9, "12-34"), item(10, "item 4")]) == [{"text": "12-34, item 4", "item_ids": [9, 10]}]
 
 
+def untitled(index: int, *categories: str) -> HistoryItem:
+    return HistoryItem(index, f"item B{index}XYZ", categories, has_title=False)
+
+
+def test_the_id_of_an_item_without_title_names_no_interest() -> None:
+    found = answer([untitled(9, "Shop", "Kitchen"), CATALOGUE[2], untitled(10), untitled(11, "Toys")])
+    assert {tuple(f["item_ids"]): f["text"] for f in found} == {
+        (9, 3): "Shop / Kitchen: garlic press",
+        (11,): "Toys",
+        (10,): "items without title or category",
+    }
+
+
+def test_ids_do_not_count_in_the_catalogue() -> None:
+    frequencies = DocumentFrequencies([untitled(1), untitled(2), item(3, "jazz")])
+    assert frequencies.phrase_weight("b1xyz") == frequencies.phrase_weight("unheard")
+    assert frequencies.num_items == 3
+
+
 def test_same_history_same_answer() -> None:
     history = CATALOGUE[:5]
     assert answer(history) == answer(history)

@@ -16,7 +16,9 @@ import pytest
 from distributed_mi.core.artifacts import Manifest, Workspace, list_files
 from distributed_mi.core.errors import ConfigError, StageError, UnknownNameError, WorkspaceError
 from distributed_mi.interests.config import InterestsConfig
-from distributed_mi.interests.stage import run
+from distributed_mi.interests.history import Exemplar, HistoryItem
+from distributed_mi.interests.parse import ParsedInterest
+from distributed_mi.interests.stage import _titles_as_interests, run
 from distributed_mi.interests.work import Work
 from tests.unit.interests.fakes import SCRIPTED, answers_per_user, encode, make_workspace, no_ray
 
@@ -124,7 +126,7 @@ def test_each_step_is_counted(workspace: Workspace) -> None:
     rows = {r["user_index"]: r for r in workspace.stage("interests").read("answers", "answers").to_pylist()}
     assert (rows[8]["backend"], rows[8]["model"], rows[8]["step"]) == (
         "keyphrase",
-        "keyphrase-1",
+        "keyphrase-2",
         "keyphrase",
     )
     lines = (Path(workspace.stage("interests").base) / "failures.jsonl").read_text().splitlines()
@@ -144,6 +146,16 @@ def test_an_answer_without_interests_gives_the_titles(workspace: Workspace) -> N
     mine = [r for r in rows if r["user_index"] == 12]
     assert [r["text"] for r in mine] == [titles[r["item_indices"][0]] for r in mine]
     assert len(mine) == 6
+
+
+def test_an_answer_without_interests_skips_items_without_title(workspace: Workspace) -> None:
+    """Item 7, alone or beside others, is known by its id only."""
+    items = {7: HistoryItem(7, "item B007", has_title=False), 8: HistoryItem(8, "jazz album")}
+    both, alone = (Exemplar(0, tuple(items[i] for i in history)) for history in ((8, 7), (7,)))
+    config = InterestsConfig()
+    assert _titles_as_interests(both, config) == (ParsedInterest("jazz album", (8,)),)
+    unnamed = ParsedInterest("items without title or category", (7,))
+    assert _titles_as_interests(alone, config) == (unnamed,)
 
 
 def test_too_many_failures_stop_the_stage_and_raising_the_limit_goes_on(workspace: Workspace) -> None:
@@ -205,7 +217,9 @@ def test_kill_9_of_the_driver_loses_nothing_that_was_committed(workspace: Worksp
     script = f"""
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.interests.config import InterestsConfig
-from distributed_mi.interests.stage import run
+from distributed_mi.interests.history import Exemplar, HistoryItem
+from distributed_mi.interests.parse import ParsedInterest
+from distributed_mi.interests.stage import _titles_as_interests, run
 from tests.unit.interests.fakes import encode, no_ray
 config = InterestsConfig.model_validate_json({config.model_dump_json()!r})
 run(config, Workspace({workspace.url!r}), encode=encode, start_ray=no_ray)
