@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from distributed_mi.core.errors import SchemaMismatchError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of the workspace layout and of all schemas; raised when a table changes meaning or columns."""
 
 _INDICES = pa.list_(pa.int64())
@@ -48,7 +48,7 @@ TABLES: dict[str, pa.Schema] = {
             ("num_history", pa.int64()),
         ]
     ),
-    "item_vectors": pa.schema([("item_index", pa.int64()), ("vector", _VECTOR)]),
+    "item_vectors": pa.schema([("item_index", pa.int64()), ("vector", _VECTOR), ("has_text", pa.bool_())]),
     "user_vectors": pa.schema([("user_index", pa.int64()), ("vector", _VECTOR)]),
     "exemplars": pa.schema(
         [
@@ -102,7 +102,8 @@ TABLES: dict[str, pa.Schema] = {
     ),
 }
 """Table name -> schema. `sequences`: `item_indices[:num_history]` is what a model may read, the rest are labels; in
-the training split there are no labels and `num_history` is the length. `per_user` may carry one more column per
+the training split there are no labels and `num_history` is the length. `item_vectors`: without `has_text` the vector
+is that of the item's id, which says nothing about it. `per_user` may carry one more column per
 metric."""
 
 _OPEN_TABLES = frozenset({"per_user"})

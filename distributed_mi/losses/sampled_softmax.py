@@ -27,13 +27,19 @@ def negative_scores(
     target_ids_B: Tensor | None = None,
     negative_ids_N: Tensor | None = None,
     negative_log_q_N: Tensor | None = None,
+    negative_mask_N: Tensor | None = None,
 ) -> Tensor:
-    """Inner products `[B, N]`, corrected by log q where given, accidental hits at `MASKED` where ids are given."""
+    """Inner products `[B, N]`, corrected by log q where given; accidental hits, where ids are given, at `MASKED`.
+
+    So are negatives where `negative_mask_N` is False.
+    """
     scores_BN = query_BD @ negative_rows_ND.T
     if negative_log_q_N is not None:
         scores_BN = scores_BN - negative_log_q_N
     if target_ids_B is not None and negative_ids_N is not None:
         scores_BN = scores_BN.masked_fill(target_ids_B[:, None] == negative_ids_N, MASKED)
+    if negative_mask_N is not None:
+        scores_BN = scores_BN.masked_fill(~negative_mask_N, MASKED)
     return scores_BN
 
 
@@ -58,6 +64,7 @@ def sampled_softmax(
     mask_accidental_hits: bool = True,
     target_log_q_B: Tensor | None = None,
     negative_log_q_N: Tensor | None = None,
+    negative_mask_N: Tensor | None = None,
 ) -> Tensor:
     """Loss of each user.
 
@@ -70,6 +77,7 @@ def sampled_softmax(
         mask_accidental_hits: leave out negatives that equal the user's target.
         target_log_q_B: log probability of drawing each target as a negative; None: no correction.
         negative_log_q_N: the same of each negative.
+        negative_mask_N: bool, False on negatives that do not count; None: all do.
 
     Returns:
         `[B]`, not averaged.
@@ -80,5 +88,6 @@ def sampled_softmax(
         target_ids_B=target_ids_B if mask_accidental_hits else None,
         negative_ids_N=negative_ids_N,
         negative_log_q_N=negative_log_q_N,
+        negative_mask_N=negative_mask_N,
     )
     return cross_entropy(target_scores(query_BD, target_rows_BD, target_log_q_B), scores_BN)

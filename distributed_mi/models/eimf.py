@@ -224,6 +224,7 @@ class EIMF(Recommender):
             mask_accidental_hits=self.config.mask_accidental_hits,
             target_log_q_B=batch.target_log_q_B,
             negative_log_q_N=batch.negative_log_q_N,
+            negative_mask_N=semantics.negative_text_NT.any(dim=1),
         )
 
     def _alignment(

@@ -3,6 +3,9 @@
 Reads   <workspace>/prepare (catalogue, sequences/train)
 Writes  <workspace>/embed: item_vectors/ in the order of item_index, user_vectors/ in the order of user_index
 
+An item of which nothing is known but its id is encoded by that id, so that every item has a vector and a user of such
+items too; `has_text` is false there, and training takes the vector for none.
+
 Each distinct text is encoded once, by a Ray Data pool of encoder actors (in this process when there are few). Texts
 travel longest first, so that a block's texts have similar lengths and little of a forward pass is padding.
 """
@@ -24,7 +27,7 @@ from distributed_mi.core.errors import DistributedMIError, InputError, StageErro
 from distributed_mi.core.progress import track
 from distributed_mi.text.config import EmbedConfig
 from distributed_mi.text.source import BUNDLED_PACKAGE, locate, model_key
-from distributed_mi.text.templates import item_text, user_text
+from distributed_mi.text.templates import ItemText, item_text, user_text
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +57,8 @@ def run(config: EmbedConfig, workspace: Workspace, *, start_ray: Callable[[], No
     run = workspace.stage("embed").open(StageKey("embed", inputs, config.result_fields()))
     if run.manifest is not None:
         return run.manifest
-    item_indices, texts, sources = _item_texts(config, workspace)
+    item_indices, made = _item_texts(config, workspace)
+    texts = [m.text for m in made]
     user_indices, offsets, events = _sequences(workspace, len(texts))
     item_vectors, facts = _encode(config, texts, config.max_item_tokens, "items", start_ray)
     if config.user_vectors == "mean":
@@ -63,13 +67,11 @@ def run(config: EmbedConfig, workspace: Workspace, *, start_ray: Callable[[], No
         users = _user_texts(texts, offsets, events, config.max_user_tokens)
         user_vectors, _ = _encode(config, users, config.max_user_tokens, "users", start_ray)
     scale, distances = _distances(user_vectors, rescale=config.rescale)
-    for name, indices, vectors in (
-        ("item", item_indices, item_vectors),
-        ("user", user_indices, user_vectors),
-    ):
+    for vectors in (item_vectors, user_vectors):
         vectors *= np.float32(scale)
-        _write(run, name, indices, vectors)
-    stats = facts | distances | {"scale": scale, "item_text_sources": sources}
+    _write(run, "item", item_indices, item_vectors, has_text=np.array([m.says_something for m in made]))
+    _write(run, "user", user_indices, user_vectors)
+    stats = facts | distances | {"scale": scale, "item_text_sources": _count_sources(made, config)}
     return run.commit(
         rows={"item_vectors": len(item_vectors), "user_vectors": len(user_vectors)}, stats=stats
     )
@@ -117,7 +119,7 @@ def mean_vectors(item_vectors: np.ndarray, offsets: np.ndarray, events: np.ndarr
     return means
 
 
-def _item_texts(config: EmbedConfig, workspace: Workspace) -> tuple[np.ndarray, list[str], dict[str, int]]:
+def _item_texts(config: EmbedConfig, workspace: Workspace) -> tuple[np.ndarray, list[ItemText]]:
     columns = ["item_index", "item_id", "title", "brand", "categories"]
     table = workspace.stage("prepare").read("catalogue", "catalogue", columns=columns).sort_by("item_index")
     indices = table["item_index"].to_numpy()
@@ -133,6 +135,11 @@ def _item_texts(config: EmbedConfig, workspace: Workspace) -> tuple[np.ndarray, 
             *(table[c].to_pylist() for c in columns[1:]), strict=True
         )
     ]
+    return indices, made
+
+
+def _count_sources(made: Sequence[ItemText], config: EmbedConfig) -> dict[str, int]:
+    """Items by where their text comes from; a line when some lack the configured fields."""
     sources = dict(sorted(Counter(m.source for m in made).items()))
     fallbacks = len(made) - sources.get("fields", 0)
     if fallbacks:
@@ -143,7 +150,7 @@ def _item_texts(config: EmbedConfig, workspace: Workspace) -> tuple[np.ndarray, 
             ", ".join(config.item_fields),
             sources,
         )
-    return indices, [m.text for m in made], sources
+    return sources
 
 
 def _sequences(workspace: Workspace, num_items: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -362,9 +369,12 @@ def vector_column(vectors: np.ndarray) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.ascontiguousarray(vectors).reshape(-1)))
 
 
-def _write(run: StageRun, name: str, indices: np.ndarray, vectors: np.ndarray) -> None:
+def _write(run: StageRun, name: str, indices: np.ndarray, vectors: np.ndarray, **columns: np.ndarray) -> None:
+    """Write `<name>_vectors/`; `columns` stand beside the vectors."""
     run.clear(f"{name}_vectors")
+    columns = {f"{name}_index": indices, **columns}
     for number, low in enumerate(range(0, len(vectors), _SHARD_ROWS)):
-        block = vectors[low : low + _SHARD_ROWS]
-        table = pa.table({f"{name}_index": indices[low : low + _SHARD_ROWS], "vector": vector_column(block)})
+        rows = slice(low, low + _SHARD_ROWS)
+        block = {column: values[rows] for column, values in columns.items()}
+        table = pa.table(block | {"vector": vector_column(vectors[rows])})
         run.write_table(f"{name}_vectors/part-{number:05d}.parquet", table, f"{name}_vectors")

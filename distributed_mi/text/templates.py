@@ -19,6 +19,11 @@ class ItemText:
     source: str
     """`fields`, or the fallback that was needed: `title`, `brand`, `categories`, `id`."""
 
+    @property
+    def says_something(self) -> bool:
+        """False when there was nothing but the id."""
+        return self.source != "id"
+
 
 def item_text(
     item_id: str,

@@ -35,7 +35,7 @@ class Semantics:
     """Text vectors of items and of the interests that training users inherit."""
 
     item_text_VT: Tensor
-    """float32; row 0 (padding) is zero."""
+    """float32; row 0 (padding) and the rows of items without text are zero."""
     interests_RT: Tensor
     """float32, interest vectors of all exemplars, exemplar by exemplar; the last row is their mean."""
     starts_I: Tensor
@@ -102,7 +102,7 @@ class Semantics:
         )
 
     def item_text(self, item_ids: Tensor) -> Tensor:
-        """Text vectors of items."""
+        """Text vectors of items, zero where there is no text."""
         return self.item_text_VT[item_ids]
 
 
@@ -132,7 +132,14 @@ def _item_matrix(items: pa.Table, num_rows: int) -> np.ndarray:
             "run `distributed-mi embed` again"
         )
     matrix = np.zeros((num_rows, vectors.shape[1]), np.float32)
-    matrix[ids] = vectors
+    has_text = items.column("has_text").to_numpy()
+    matrix[ids[has_text]] = vectors[has_text]
+    if not has_text.all():
+        logger.info(
+            "%s of %s items have no text; the auxiliary tasks leave them out",
+            f"{int((~has_text).sum()):,}",
+            f"{len(has_text):,}",
+        )
     return matrix
 
 

@@ -183,7 +183,9 @@ def test_manifest_of_another_format_version_is_refused(workspace: Workspace) -> 
         stage.open(KEY)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format_version": 1}', b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b'{"format_version": %d}' % schema.FORMAT_VERSION, b"\xff"]
+)
 def test_a_file_that_is_no_manifest_is_named(workspace: Workspace, content: bytes) -> None:
     stage = workspace.stage("prepare")
     artifacts.write_bytes(stage.fs, stage.manifest_path, content)

@@ -164,7 +164,11 @@ def language(workspace: Workspace) -> None:
     identity = {"prepare": workspace.stage("prepare").require().identity}
     vectors = [text_vector(i).tolist() for i in range(1, NUM_ITEMS + 1)]
     items = pa.table(
-        {"item_index": range(1, NUM_ITEMS + 1), "vector": pa.array(vectors, pa.list_(pa.float32()))}
+        {
+            "item_index": range(1, NUM_ITEMS + 1),
+            "vector": pa.array(vectors, pa.list_(pa.float32())),
+            "has_text": [True] * NUM_ITEMS,
+        }
     )
     both = (0.5 * (text_vector(1) + text_vector(2))).tolist()
     users = pa.table(

@@ -133,6 +133,25 @@ def test_items_without_text_take_no_part_in_prediction_and_item_alignment() -> N
     assert with_text.mean["semantic"].item() > 0.0
 
 
+@pytest.mark.parametrize("text_width", ["item", "text"])
+def test_a_negative_without_text_is_no_negative(text_width: str) -> None:
+    """As if it had not been drawn; a zero vector would still count exp(0), or the bias of the projection."""
+    model, batch = make_model("eimf", text_width=text_width), make_batch()
+    s = batch.semantics
+    assert s is not None
+    texts = s.negative_text_NT.clone()
+    texts[5] = 0.0
+    silent = replace(batch, semantics=replace(s, negative_text_NT=texts))
+    left = [n for n in range(len(texts)) if n != 5]
+    without = replace(
+        batch,
+        negative_ids_N=batch.negative_ids_N[left],
+        semantics=replace(s, negative_text_NT=texts[left]),
+    )
+    found, expected = (model.loss(b).mean["semantic"] for b in (silent, without))
+    torch.testing.assert_close(found, expected)
+
+
 NEEDED_BY: dict[str, dict[str, Any]] = {
     "num_heads": {"text_width": "text"},
     "alignment_space": {"text_width": "text"},

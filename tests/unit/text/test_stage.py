@@ -1,6 +1,6 @@
 """The embed stage in one process: tables, scale, skipping, both kinds of user vector, bad input."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,16 +23,24 @@ def never() -> None:
     raise AssertionError("Ray must not be started for a handful of texts")
 
 
-def write_prepare(workspace: Workspace, *, users: list[list[int]] = USERS, first_item: int = 1) -> None:
+def write_prepare(
+    workspace: Workspace,
+    *,
+    users: list[list[int]] = USERS,
+    first_item: int = 1,
+    titles: Sequence[str | None] = TITLES,
+    brand: Mapping[int, str] | None = None,
+    categories: Sequence[str] = ("Beauty",),
+) -> None:
     """A catalogue of five items and some training users, in several shards and not in order."""
     prepare = workspace.stage("prepare").open(StageKey("prepare", {}, {"users": users, "first": first_item}))
     for number, rows in enumerate(([3, 1], [4, 0, 2])):
         items = {
             "item_index": [first_item + r for r in rows],
             "item_id": [f"i{r}" for r in rows],
-            "title": [TITLES[r] for r in rows],
-            "brand": ["acme" for _ in rows],
-            "categories": [["Beauty"] for _ in rows],
+            "title": [titles[r] for r in rows],
+            "brand": ["acme" if brand is None else brand.get(r) for r in rows],
+            "categories": pa.array([list(categories) for _ in rows], pa.list_(pa.string())),
             "num_events": [1 for _ in rows],
             "num_train_events": [1 for _ in rows],
         }
@@ -87,6 +95,19 @@ def test_vectors_and_their_common_scale(workspace: Workspace, tiny_bert: Path) -
     assert stats["num_distinct_texts"] == 4
     assert stats["item_text_sources"] == {"brand": 1, "fields": 4}
     assert manifest.rows == {"item_vectors": 5, "user_vectors": 4}
+
+
+def test_whether_an_item_has_text_is_recorded(
+    tmp_path: Path, tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Items 1 and 4 have no title, maker or category: they are encoded by their id, which names nothing."""
+    monkeypatch.setattr(stage, "_SHARD_ROWS", 2)
+    workspace = Workspace(str(tmp_path))
+    write_prepare(workspace, titles=[None, "soap", None, " ", "nail"], brand={2: "acme"}, categories=[])
+    manifest = stage.run(EmbedConfig(model=str(tiny_bert)), workspace, start_ray=never)
+    table = workspace.stage("embed").read("item_vectors", "item_vectors")
+    assert table["has_text"].to_pylist() == [False, True, True, False, True]
+    assert manifest.stats["item_text_sources"] == {"brand": 1, "fields": 2, "id": 2}
 
 
 def test_sequence_mode_encodes_the_joined_titles(workspace: Workspace, tiny_bert: Path) -> None:

@@ -33,15 +33,24 @@ def read(workspace: Workspace) -> Semantics:
 
 def test_users_inherit_the_interests_of_their_exemplar_in_order(workspace: Workspace) -> None:
     """Even users follow exemplar 0 (one interest, ones), odd users exemplar 1 (twos, then threes)."""
-    batch = read(workspace).batch(torch.tensor([4, 7]), torch.tensor([3, 60]), torch.tensor([1, 2, 2]))
+    batch = read(workspace).batch(torch.tensor([4, 7]), torch.tensor([3, 59]), torch.tensor([1, 2, 2]))
     ones = [1.0] * TEXT_DIM
     zero = [0.0] * TEXT_DIM
     expected = [[ones, zero], [[2.0] * TEXT_DIM, [3.0] * TEXT_DIM]]
     assert batch.interests_BMT.tolist() == expected
     assert batch.interests_mask_BM.tolist() == [[True, False], [True, True]]
     vectors = workspace.stage("embed").read("item_vectors", "item_vectors").column("vector").to_pylist()
-    torch.testing.assert_close(batch.target_text_BT, torch.tensor([vectors[2], vectors[59]]))
+    torch.testing.assert_close(batch.target_text_BT, torch.tensor([vectors[2], vectors[58]]))
     torch.testing.assert_close(batch.negative_text_NT, torch.tensor([vectors[0], vectors[1], vectors[1]]))
+
+
+def test_the_vector_of_an_item_without_text_is_zero(workspace: Workspace) -> None:
+    """embed gives such an item a vector, that of its id, which says nothing."""
+    semantics = read(workspace)
+    batch = semantics.batch(torch.tensor([4, 7]), torch.tensor([60, 1]), torch.tensor([60, 2]))
+    assert batch.target_text_BT.any(dim=1).tolist() == [False, True]
+    assert batch.negative_text_NT.any(dim=1).tolist() == [False, True]
+    assert semantics.item_text_VT.any(dim=1).tolist() == [False, *[True] * 59, False]
 
 
 def test_padding_to_the_largest_of_the_batch_only(workspace: Workspace) -> None:

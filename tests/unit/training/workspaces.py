@@ -71,11 +71,17 @@ def make_prepared(root: Path) -> Workspace:
 
 
 def add_semantics(workspace: Workspace) -> None:
-    """Complete embed, exemplars and interests: exemplars are users 0 and 1, with one and two interests."""
+    """Complete embed, exemplars and interests: exemplars are users 0 and 1, with one and two interests.
+
+    Item 60 has no text: its vector is that of its id.
+    """
     rng = np.random.default_rng(4)
     vectors = rng.normal(size=(NUM_ITEMS, TEXT_DIM)).astype(np.float32)
-    items = pa.table({"item_index": np.arange(1, NUM_ITEMS + 1), "vector": vectors.tolist()},
-                     schema=TABLES["item_vectors"])  # fmt: skip
+    indices = np.arange(1, NUM_ITEMS + 1)
+    items = pa.table(
+        {"item_index": indices, "vector": vectors.tolist(), "has_text": indices < NUM_ITEMS},
+        schema=TABLES["item_vectors"],
+    )
     _commit(workspace, "embed", {"item_vectors": ("item_vectors", items)})
     exemplar = np.arange(NUM_USERS) % 2
     assignment = pa.table(
