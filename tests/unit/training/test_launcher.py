@@ -250,6 +250,15 @@ def test_scaling_stays_out_of_the_hash_and_the_engine_in_it() -> None:
     assert engines[0] != engines[1]
 
 
+def test_a_cpu_worker_takes_one_thread_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distributed_mi.training.config.available_cores", lambda: 16)
+    assert [ScalingConfig(num_workers=n).threads(n) for n in (1, 2)] == [1, 1]
+    assert ScalingConfig(num_workers=1, threads_per_worker=5).threads(1) == 5
+    # The CPU only feeds the GPU there, and has little else to do.
+    assert ScalingConfig(gpus_per_worker=1).threads(4) == 4
+    assert ScalingConfig(gpus_per_worker=1).threads(99) == 1
+
+
 def test_one_worker_runs_here_with_its_threads() -> None:
     def work(payload: dict[str, Any], group: WorkerGroup) -> dict[str, Any]:
         return {"size": group.size, "threads": torch.get_num_threads(), **payload}
