@@ -163,6 +163,9 @@ class Recommender(nn.Module):
     has_loss: ClassVar[bool] = True
     """False for models that are fitted by counting (`fit_counts`) instead of gradient steps."""
 
+    personal: ClassVar[bool] = True
+    """False when every history gets the same list, so that there is no interest to name."""
+
     def __init__(self, config: Any, *, items: ItemTable, max_history: int, text_dim: int = 0) -> None:
         super().__init__()
         self.config = config

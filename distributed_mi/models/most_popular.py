@@ -21,6 +21,7 @@ class MostPopular(Recommender):
     """Ranks all items by training events; see the module docstring."""
 
     has_loss = False
+    personal = False
 
     class Config(ConfigModel):
         """Nothing to choose."""

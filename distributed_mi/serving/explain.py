@@ -130,6 +130,8 @@ def explain(
     answer = retriever.recommend(user_id=user_id, item_ids=item_ids, top=top, exclude_seen=exclude_seen)
     if not answer.history:
         return Explanation(answer, [], False, None, "nothing to explain: the history has no known item")
+    if answer.source == "popularity":
+        return Explanation(answer, [], False, None, "nothing to explain: the run knows no interests")
     found = retriever.interests([i.item_index for i in answer.history])
     weights_KL = _weights(found)
     semantics, note = Semantics.open(retriever.workspace)

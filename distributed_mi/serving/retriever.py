@@ -38,6 +38,10 @@ class Recommendation:
         return self.title or self.item_id
 
 
+POPULARITY_RUN = "this is the popularity list: the same for every history, but for items that it has already"
+"""What is said of a run whose model is not personal."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a request gets."""
@@ -47,7 +51,7 @@ class Answer:
     split: str | None
     """Where the user's sequence stands, for a known user."""
     source: str
-    """`model`, or `popularity` for a history without a known item."""
+    """`model`, or `popularity` for a history without a known item and for runs that rank by popularity."""
     history: list[NamedItem]
     """The whole known history, newest last."""
     unknown_items: list[str]
@@ -162,7 +166,7 @@ class Retriever:
             run=self.run_name,
             user_id=user.user_id if user else None,
             split=user.split if user else None,
-            source="model" if history else "popularity",
+            source="model" if history and self.model.personal else "popularity",
             history=[self.catalogue.item(i) for i in history],
             unknown_items=list(unknown),
             items=items,
@@ -205,9 +209,8 @@ class Retriever:
                 done.add(item_index)
                 item = self.catalogue.item(item_index)
                 score = float(scores[place])
-                chosen.append(
-                    Recommendation(item_index, item.item_id, item.title, score, int(interests[place]))
-                )
+                interest = int(interests[place]) if self.model.personal else None
+                chosen.append(Recommendation(item_index, item.item_id, item.title, score, interest))
         return chosen[:top]
 
     def _popular(self, top: int) -> list[Recommendation]:
@@ -238,7 +241,12 @@ def heading(answer: Answer) -> list[str]:
             "skipped, not in the catalogue: " + ", ".join(clean(i, 40) for i in answer.unknown_items)
         )
     if answer.source == "popularity":
-        lines.append("no known item in the history: these are the most popular items")
+        why = (
+            POPULARITY_RUN
+            if answer.history
+            else "no known item in the history: these are the most popular items"
+        )
+        lines.append(why)
     return [*lines, ""]
 
 

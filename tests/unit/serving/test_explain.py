@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from distributed_mi.core.artifacts import StageKey
 from distributed_mi.serving import explain as explaining
@@ -139,14 +140,40 @@ def test_nothing_to_explain(with_language) -> None:
     assert "nothing to explain" in explaining.render(explanation)
 
 
-@pytest.mark.parametrize("name", ["most_popular", "youtube_dnn", "comirec_sa"])
-def test_real_models_can_be_explained(workspace, name: str) -> None:
+def open_real_model(workspace, name: str):
     from distributed_mi.core.registry import resolve
 
-    tiny.language(workspace)
     owner = resolve("model", name)
     model = owner(owner.Config(), items=tiny.make_table(), max_history=tiny.MAX_HISTORY)
-    opened = retrieving.Retriever.open(workspace, "two", lambda fs, path: model)
+    if not model.personal:
+        model.fit_counts(torch.arange(tiny.NUM_ITEMS + 1))
+    return retrieving.Retriever.open(workspace, "two", lambda fs, path: model), model
+
+
+def test_popularity_has_no_interests_to_name(workspace) -> None:
+    tiny.language(workspace)
+    opened, _ = open_real_model(workspace, "most_popular")
+    explanation = explaining.explain(opened, item_ids=["item-30", "item-1"], top=3)
+    assert explanation.answer.source == "popularity"
+    assert [(i.item_index, i.score, i.interest) for i in explanation.answer.items] == [
+        (29, 29.0, None),
+        (28, 28.0, None),
+        (27, 27.0, None),
+    ]
+    assert (explanation.interests, explanation.chain) == ([], None)
+    text = explaining.render(explanation)
+    assert "this is the popularity list" in text
+    assert "Interest 1" not in text
+    assert "no known item" not in text
+    assert "even things" not in text
+    shown = retrieving.render(opened.recommend(user_id="test-1", top=3))
+    assert "this is the popularity list" in shown
+
+
+@pytest.mark.parametrize("name", ["youtube_dnn", "comirec_sa"])
+def test_real_models_can_be_explained(workspace, name: str) -> None:
+    tiny.language(workspace)
+    opened, model = open_real_model(workspace, name)
     explanation = explaining.explain(opened, user_id="test-1", top=5)
     assert len(explanation.interests) == model.num_interests
     assert sum(i.share for i in explanation.interests) == pytest.approx(1.0)
