@@ -89,6 +89,7 @@ def run(
     if stage_run.manifest is not None:
         return stage_run.manifest
     write_bytes(stage_run.fs, stage_run.path("config.json"), _config_json(config))
+    _say_leakage(config, workspace)
     if owner.has_loss:
         stats = _train(config, scaling, workspace, stage_run, validate, start_ray)
     else:
@@ -96,6 +97,15 @@ def run(
     model = read_manifest(stage_run.fs, stage_run.path("model"))
     stats["content"] = content_hash(model.files)
     return stage_run.commit(rows={"items": int(stats["table_rows"]) - 1}, stats=stats)
+
+
+def _say_leakage(config: TrainConfig, workspace: Workspace) -> None:
+    """Once, before the first validation metric is shown."""
+    text = workspace.stage("prepare").require().stats.get("leakage", {}).get("text")
+    if text:
+        logger.info("train %s: %s", config.run_name, text)
+    else:
+        logger.warning("train %s: the prepare stage has no leakage check", config.run_name)
 
 
 def _train(

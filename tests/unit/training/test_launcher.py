@@ -213,6 +213,34 @@ def test_a_model_with_semantics_needs_the_stages_and_depends_on_them(tmp_path: P
     assert model.text_dim == 6
 
 
+def test_the_leakage_check_is_said_before_the_first_metric(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Progress lines show recall, and a metric without this sentence is worth nothing."""
+    caplog.set_level("INFO")
+    workspace = make_prepared(tmp_path)
+    config = tiny_config(max_steps=4, validate_every=2)
+    train(workspace, config)
+    said = [i for i, r in enumerate(caplog.records) if "Leakage check passed for by-user" in r.getMessage()]
+    metrics = [i for i, r in enumerate(caplog.records) if "recall@50" in r.getMessage()]
+    assert len(said) == 1
+    assert metrics
+    assert said[0] < min(metrics)
+    caplog.clear()
+    train(workspace, config)
+    assert "Leakage" not in caplog.text  # nothing is trained, no metric is shown
+    train(workspace, tiny_config(model={"name": "most_popular"}))
+    assert "Leakage check passed" in caplog.text
+
+
+def test_a_leakage_check_that_is_not_recorded_is_said_too(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    workspace = make_prepared(tmp_path, leakage=None)
+    train(workspace, tiny_config(max_steps=2))
+    assert "no leakage check" in caplog.text
+
+
 def test_a_softmax_over_all_item_texts_trains(tmp_path: Path) -> None:
     workspace = make_prepared(tmp_path)
     add_semantics(workspace)

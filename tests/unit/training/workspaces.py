@@ -15,11 +15,14 @@ from distributed_mi.training.config import TrainConfig
 NUM_ITEMS, NUM_USERS, NUM_VALIDATION, TEXT_DIM = 60, 80, 24, 6
 
 
-def _commit(workspace: Workspace, stage: str, tables: dict[str, tuple[str, pa.Table]]) -> None:
+LEAKAGE = {"passed": True, "text": "Leakage check passed for by-user: 0 of 99 label events are trained on."}
+
+
+def _commit(workspace: Workspace, stage: str, tables: dict[str, tuple[str, pa.Table]], **stats: Any) -> None:
     run = workspace.stage(stage).open(StageKey(stage, {}, {"made": "by hand"}))
     for folder, (name, table) in tables.items():
         run.write_table(f"{folder}/part-0.parquet", table, name)
-    run.commit(rows={folder: table.num_rows for folder, (_, table) in tables.items()})
+    run.commit(rows={folder: table.num_rows for folder, (_, table) in tables.items()}, stats=stats)
 
 
 def _sequences(rng: np.random.Generator, first: int, count: int, history_share: float) -> pa.Table:
@@ -42,7 +45,7 @@ def _sequences(rng: np.random.Generator, first: int, count: int, history_share: 
     )
 
 
-def make_prepared(root: Path) -> Workspace:
+def make_prepared(root: Path, leakage: dict[str, Any] | None = LEAKAGE) -> Workspace:
     """A workspace with a complete prepare stage."""
     rng = np.random.default_rng(3)
     train = _sequences(rng, 0, NUM_USERS, 1.0)
@@ -66,7 +69,7 @@ def make_prepared(root: Path) -> Workspace:
         "sequences/train": ("sequences", train),
         "sequences/validation": ("sequences", validation),
     }
-    _commit(workspace, "prepare", tables)
+    _commit(workspace, "prepare", tables, **({"leakage": leakage} if leakage else {}))
     return workspace
 
 
