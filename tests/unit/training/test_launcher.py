@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.core.errors import CheckpointError, ConfigError, InputError, WorkspaceError
@@ -211,6 +212,28 @@ def test_a_model_with_semantics_needs_the_stages_and_depends_on_them(tmp_path: P
     assert sorted(manifest.inputs) == ["embed", "exemplars", "interests", "prepare"]
     model = load_model(workspace.fs, workspace.stage("train/eimf").path("model"))
     assert model.text_dim == 6
+
+
+def test_gamma_zero_is_the_backbone_bit_for_bit_through_the_stage(tmp_path: Path) -> None:
+    """With what users run: the DeepSpeed engine, validation, checkpoints, and the exported model at the end."""
+    workspace = make_prepared(tmp_path)
+    add_semantics(workspace)
+    backbone = {"name": "remi", "num_interests": 2}
+    models = {"remi": backbone, "eimf": {"name": "eimf", "gamma": 0.0, "backbone": backbone}}
+    lines, dense, tables, stats = {}, {}, {}, {}
+    for name, model in models.items():
+        stats[name] = train(workspace, tiny_config(model=model, max_steps=12, validate_every=4)).stats
+        stage = workspace.stage(f"train/{name}")
+        found = [json.loads(x) for x in Path(stage.path("metrics.jsonl")).read_text().splitlines()]
+        timings = {"users_per_s", "seconds", "train_seconds"}
+        lines[name] = [{k: v for k, v in line.items() if k not in timings} for line in found]
+        dense[name] = load_file(stage.path("model", "dense.safetensors"))
+        tables[name] = Path(stage.path("model", "table-00000-of-00001-0000.safetensors")).read_bytes()
+    assert stats["eimf"]["engine"] == stats["remi"]["engine"] == "DeepSpeedEngine"
+    assert lines["eimf"] == lines["remi"]
+    assert tables["eimf"] == tables["remi"]
+    for parameter, value in dense["remi"].items():
+        assert torch.equal(dense["eimf"][f"backbone.{parameter}"], value), parameter
 
 
 def test_the_leakage_check_is_said_before_the_first_metric(
