@@ -119,7 +119,8 @@ class EIMF(Recommender):
         L_S then has nothing to train, so it must be off."""
         attention_scale: bool = True
         """Divide the scores of the target-aware attentions by the square root of their width; (6) and (8) print no form
-        of the attention."""
+        of the attention. Without it the attention is nearly hard at `text_width = "text"`, and a difference of 1e-8 in
+        the first values grew to 1e-2 in L_S within 20 steps; one and two workers then agree that far only."""
         prediction: bool = True
         """Use L_S. False: the ablation without semantic prediction."""
         prediction_candidates: Literal["sampled", "all"] = "sampled"
