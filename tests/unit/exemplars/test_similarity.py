@@ -1,11 +1,18 @@
-"""Similarity blocks: exactness, centring, bounded blocks."""
+"""Similarities: exactness, centring, bounded blocks; from vectors and from a matrix the same answers."""
 
 import numpy as np
 import pytest
 import torch
 
 from distributed_mi.exemplars import similarity
-from distributed_mi.exemplars.similarity import Similarity, row_blocks, similarity_matrix
+from distributed_mi.exemplars.similarity import (
+    MatrixSimilarities,
+    Similarities,
+    Similarity,
+    VectorSimilarities,
+    row_blocks,
+    similarity_matrix,
+)
 
 
 def test_equals_the_definition(rng: np.random.Generator) -> None:
@@ -47,3 +54,92 @@ def test_row_blocks_cover_every_row_once() -> None:
 def test_available_memory_is_read() -> None:
     available = similarity.available_memory_bytes()
     assert available is None or available > 1 << 20
+
+
+def test_the_memory_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(similarity, "_meminfo_available", lambda: 500)
+    for cgroup, wanted in ((300, 300), (900, 500), (None, 500)):
+        monkeypatch.setattr(similarity, "_cgroup_available", lambda found=cgroup: found)
+        assert similarity.available_memory_bytes() == wanted
+    monkeypatch.setattr(similarity, "_meminfo_available", lambda: None)
+    assert similarity.available_memory_bytes() is None
+
+
+def both(vectors: torch.Tensor) -> list[Similarities]:
+    """From vectors, and from a matrix whose diagonal is scratch."""
+    matrix = similarity_matrix(vectors)
+    matrix.fill_diagonal_(-torch.inf)
+    return [VectorSimilarities(vectors), MatrixSimilarities(matrix)]
+
+
+def definition(vectors: torch.Tensor) -> np.ndarray:
+    points = vectors.double().numpy()
+    return -np.square(points[:, None] - points[None]).sum(axis=2)
+
+
+@pytest.mark.parametrize("kind", ["normal", "far"])
+def test_every_question_against_the_definition(rng: np.random.Generator, kind: str) -> None:
+    offset = 0.0 if kind == "normal" else 1e4
+    vectors = torch.from_numpy(rng.normal(size=(40, 6)) + offset).float()
+    wanted = definition(vectors)
+    ids, exemplars = torch.tensor([3, 17, 0]), torch.tensor([2, 17, 30])
+    own, others = np.array([1, 5, 5, 9]), np.array([2, 5, 39, 0], dtype=np.int32)
+    for similarities in both(vectors):
+        np.testing.assert_allclose(similarities.rows(ids).numpy(), wanted[ids], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            similarities.pairs(own[others != own], others[others != own]),
+            wanted[own, others][others != own],
+            rtol=1e-6,
+        )
+        found = similarities.to(ids, exemplars).numpy()
+        found[1, 1] = 0.0  # its own: 0 or the preference
+        np.testing.assert_allclose(found, wanted[np.ix_(ids, exemplars)], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(similarities.sums().numpy(), wanted.sum(axis=1), rtol=1e-6)
+        similarities.rows(ids).fill_(7.0)  # the caller may write into it
+        np.testing.assert_allclose(similarities.rows(ids).numpy(), wanted[ids], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 3, 64, 700])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e3])
+def test_what_orders_like_similarities_is_off_by_no_more_than_it_says(
+    rng: np.random.Generator, width: int, spread: float
+) -> None:
+    """Two clusters far from each other, each `spread` wide: the worst for float32 sums."""
+    points = rng.normal(size=(80, width)) * spread + 1e3 * (np.arange(80) % 2)[:, None]
+    vectors = torch.from_numpy(points).float()
+    values, shift, error = VectorSimilarities(vectors).ordered_rows(torch.arange(80))
+    off = (values.double() + shift.double()[:, None] - torch.from_numpy(definition(vectors))).abs()
+    assert (off <= error.double()[:, None]).all()
+    matrix = similarity_matrix(vectors)
+    values, shift, error = MatrixSimilarities(matrix).ordered_rows(torch.arange(80))
+    assert torch.equal(values, matrix)
+    assert not shift.any()
+    assert not error.any()
+
+
+def test_pairs_of_equal_users_are_exactly_zero(rng: np.random.Generator) -> None:
+    vectors = torch.from_numpy(rng.normal(size=(5, 384)) * 30).float().repeat(2, 1)
+    similarities = VectorSimilarities(vectors)
+    assert (similarities.pairs(np.arange(5), np.arange(5, 10)) == 0.0).all()
+    assert len(similarities.pairs(np.empty(0, np.int64), np.empty(0, np.int32))) == 0
+
+
+def test_similarities_to_exemplars_are_those_of_whole_rows(rng: np.random.Generator) -> None:
+    """Bit for bit, so that a tie is one whatever is asked."""
+    vectors = torch.from_numpy(rng.integers(0, 3, size=(60, 3))).float() + 0.1
+    similarities = VectorSimilarities(vectors)
+    ids = torch.arange(60)
+    rows = similarities.rows(ids)
+    for exemplars in (torch.tensor([1, 4, 30]), torch.tensor([0]), torch.tensor([5, 6, 7, 59])):
+        assert torch.equal(similarities.to(ids, exemplars), rows[:, exemplars])
+
+
+def test_the_central_member_by_hand(rng: np.random.Generator) -> None:
+    # 0 1 2 3: mean 1.5, sums of squared distances 14 6 6 14: the first of the middles
+    vectors = torch.tensor([[9.0], [0.0], [1.0], [50.0], [2.0], [3.0]])
+    members, preferences = torch.tensor([1, 2, 4, 5]), torch.full((4,), -1.0, dtype=torch.float64)
+    for similarities in both(vectors):
+        assert similarities.central(members, preferences) == 1
+        # 8.5 more make the last as good as 5.5
+        better = preferences + torch.tensor([0.0, 0.0, 0.0, 8.5], dtype=torch.float64)
+        assert similarities.central(members, better) == 3
