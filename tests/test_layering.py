@@ -39,6 +39,7 @@ NEVER = frozenset({"jobs", "benchmarks", "tests"})
 RAY_FILES = frozenset(
     {
         "pipeline.py",
+        "exemplars/distributed.py",
         "interests/pool.py",
         "training/worker.py",
         "training/launcher.py",
@@ -55,10 +56,11 @@ OWNED: dict[str, tuple[str, ...]] = {
     "deepspeed": ("training/engine.py",),
     "faiss": ("serving",),
     "hnswlib": ("serving",),
+    "numba": ("exemplars/kernels.py",),
 }
 """Heavy library -> files or folders that own it: nobody else imports it at module level."""
 
-NOWHERE_ELSE = frozenset({"vllm", "deepspeed"})
+NOWHERE_ELSE = frozenset({"vllm", "deepspeed", "numba"})
 """Owned libraries that no other file imports, not even inside a function."""
 
 LIGHT = frozenset({"pydantic", "pydantic_core", "numpy", "pyarrow"})
@@ -206,6 +208,14 @@ PLANTED = [
         "imports vllm, which belongs to",
     ),
     ("models/x.py", "from transformers import AutoModel", "imports transformers, which belongs to text"),
+    ("exemplars/neighbours.py", "import faiss", "imports faiss, which belongs to serving"),
+    ("exemplars/lists.py", "from numba import njit", "imports numba, which belongs to exemplars/kernels.py"),
+    (
+        "exemplars/lists.py",
+        "def f():\n    import numba",
+        "imports numba, which belongs to exemplars/kernels.py",
+    ),
+    ("exemplars/problem.py", "def f():\n    import ray", "imports ray"),
     ("__init__.py", "from distributed_mi.core import config", "imports nothing"),
     ("novel/x.py", "from distributed_mi.core import config", "novel has no row"),
 ]
@@ -236,6 +246,9 @@ def test_a_planted_violation_is_caught(relative: str, source: str, message: str)
         ("cli.py", "from distributed_mi.data import stage"),
         ("pipeline.py", "def f():\n    import ray"),
         ("exemplars/x.py", "import rayon"),
+        ("exemplars/distributed.py", "import ray\nfrom ray.exceptions import RayError"),
+        ("exemplars/neighbours.py", "def f():\n    import faiss"),
+        ("exemplars/kernels.py", "from numba import njit"),
     ],
 )
 def test_what_is_allowed_passes(relative: str, source: str) -> None:
