@@ -39,7 +39,7 @@ _RUN_NAME = ("train.run", "train.model.name")
 STAGE_TABLES = {
     "prepare": ("workspace", "data", "ray"),
     "embed": ("workspace", "embed", "ray"),
-    "exemplars": ("workspace", "exemplars"),
+    "exemplars": ("workspace", "exemplars", "ray"),
     "interests": ("workspace", "interests", "embed", "ray"),
     "train": ("workspace", "train", "scaling", "ray"),
     "evaluate": ("workspace", *_RUN_NAME, "evaluate", "scaling", "ray"),
@@ -180,14 +180,28 @@ def print_reports(reports: list[dict[str, Any]]) -> None:
     typer.echo(format_table(reports))
 
 
+ForceOption = Annotated[
+    bool,
+    typer.Option("--force", help="Start although the predicted memory is not there (exemplars.force=true)."),
+]
+
+
+def _forced(overrides: Sequence[str] | None, force: bool) -> list[str]:
+    return [*(overrides or ()), *(["exemplars.force=true"] if force else [])]
+
+
 def _stage_command(name: str) -> None:
     def command(config: ConfigPath, overrides: Overrides = None) -> None:
         pipeline = run_stages(config, overrides, [name], name)
         if name == "evaluate":
             print_reports(pipeline.reports()[-1:])
 
-    command.__doc__ = STAGE_HELP[name]
-    app.command(name, cls=FieldHelpCommand)(command)
+    def exemplars(config: ConfigPath, overrides: Overrides = None, force: ForceOption = False) -> None:
+        run_stages(config, _forced(overrides, force), [name], name)
+
+    chosen = exemplars if name == "exemplars" else command
+    chosen.__doc__ = STAGE_HELP[name]
+    app.command(name, cls=FieldHelpCommand)(chosen)
 
 
 for _name in STAGE_HELP:
@@ -195,11 +209,11 @@ for _name in STAGE_HELP:
 
 
 @app.command("run", cls=FieldHelpCommand)
-def run_command(config: ConfigPath, overrides: Overrides = None) -> None:
+def run_command(config: ConfigPath, overrides: Overrides = None, force: ForceOption = False) -> None:
     """Run every stage in order, skipping what is done, and print the metrics of all runs."""
     from distributed_mi.pipeline import STAGES
 
-    print_reports(run_stages(config, overrides, STAGES, "run").reports())
+    print_reports(run_stages(config, _forced(overrides, force), STAGES, "run").reports())
 
 
 @app.command(cls=FieldHelpCommand)

@@ -132,7 +132,10 @@ class Pipeline:
         """User vectors -> exemplar users and assignment."""
         from distributed_mi.exemplars import stage
 
-        return self._timed("exemplars", lambda: stage.run(self.experiment.exemplars, self.workspace))
+        return self._timed(
+            "exemplars",
+            lambda: stage.run(self.experiment.exemplars, self.workspace, start_ray=self.start_ray),
+        )
 
     def interests(self) -> Manifest:
         """Exemplars' histories -> interests, as texts and vectors."""

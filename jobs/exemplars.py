@@ -4,7 +4,7 @@
     $ ray job submit --working-dir . -- python jobs/exemplars.py jobs/configs/quickstart.toml workspace=/shared/ws
 
 Reads   <workspace>/embed
-Writes  <workspace>/exemplars: exemplars, assignment; manifest.json last
+Writes  <workspace>/exemplars: exemplars, assignment, messages; report.md with its plots; manifest.json last
 Exit    0 done or already done; 2 bad configuration; 1 anything else
 """
 

@@ -66,6 +66,18 @@ TABLES: dict[str, pa.Schema] = {
             ("similarity", pa.float32()),
         ]
     ),
+    "messages": pa.schema(
+        [
+            ("user_id", pa.string()),
+            ("exemplar_user_id", pa.string()),
+            ("column_sum", pa.float64()),
+            ("background", pa.float64()),
+            ("self_responsibility", pa.float64()),
+            ("self_availability", pa.float64()),
+            ("reach_mean", pa.float64()),
+            ("weight", pa.float64()),
+        ]
+    ),
     "answers": pa.schema(
         [
             ("user_index", pa.int64()),

@@ -10,8 +10,10 @@ import pytest
 from distributed_mi.core.artifacts import Manifest, StageKey, Workspace
 from distributed_mi.core.config import ConfigModel
 from distributed_mi.core.errors import InputError, StageError
-from distributed_mi.exemplars import similarity, stage
+from distributed_mi.exemplars import preflight, problem, similarity, stage
 from distributed_mi.exemplars.config import ExemplarsConfig
+from distributed_mi.exemplars.messages import DenseMessages
+from distributed_mi.exemplars.problem import DENSE_PAIR_BYTES
 
 LINE = np.array([[0.0], [1.0], [2.0], [10.0], [11.0], [12.0]], dtype=np.float32)
 
@@ -29,6 +31,16 @@ def write_inputs(workspace: Workspace, vectors: np.ndarray, users: int | None = 
         "num_history": [1] * users,
     }
     prepare.write_table("sequences/train/part-0.parquet", pa.table(sequences), "sequences")
+    catalogue = {
+        "item_index": [1],
+        "item_id": ["i1"],
+        "title": ["A <b>title</b>\n# of [two](lines)"],
+        "brand": [None],
+        "categories": [[]],
+        "num_events": [users],
+        "num_train_events": [users],
+    }
+    prepare.write_table("catalogue/part-0.parquet", pa.table(catalogue), "catalogue")
     prepare.commit(rows={"train": users})
     embed = workspace.stage("embed").open(StageKey("embed", {}, {"vectors": vectors.astype(str).tolist()}))
     reverse = list(range(len(vectors) - 1, -1, -1))
@@ -63,7 +75,7 @@ def test_tables_by_hand(workspace: Workspace) -> None:
         "exemplar_user_index": [1, 1, 1, 4, 4, 4],
         "similarity": [-1.0, 0.0, -1.0, -1.0, 0.0, -1.0],
     }
-    assert manifest.rows == {"exemplars": 2, "assignment": 6}
+    assert manifest.rows == {"exemplars": 2, "assignment": 6, "messages": 6}
     stats = manifest.stats
     assert stats["converged"] is True
     assert stats["net_similarity"] == pytest.approx(-14)
@@ -143,27 +155,101 @@ def test_too_little_memory_is_refused_before_the_start(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(similarity, "available_memory_bytes", lambda: 1 << 20)
-    with pytest.raises(StageError, match=r"6 users needs 0\.3 GB, 0\.0 GB are free"):
+    with pytest.raises(
+        StageError, match=r"over 6 users needs 0\.5 GB, 0\.0 GB are free\. No method fits.*--force"
+    ):
         stage.run(ExemplarsConfig(), workspace)
+    assert stage.run(ExemplarsConfig(force=True), workspace).rows["assignment"] == 6
+
+
+def test_the_refusal_names_a_method_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.Speed, "measure", lambda: preflight.Speed(5e10, 1e10))
+    monkeypatch.setattr(similarity, "available_memory_bytes", lambda: 24_000_000_000)
+    # all pairs of 2,000,000 users in lists of 192 fit in 2 x 6.1 GB and the vectors; two actors need half as much again
+    with pytest.raises(StageError, match=r"method sparse .*exemplars.method=exact fits"):
+        preflight.choose(2_000_000, 64, ExemplarsConfig(method="sparse", most_neighbours=1024))
+
+
+@pytest.mark.parametrize(("users", "wanted"), [(4_905, "exact"), (200_000, "exact"), (10_000_000, "sparse")])
+def test_auto_chooses_by_users_and_memory(users: int, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight.Speed, "measure", lambda: preflight.Speed(5e10, 1e10))
+    monkeypatch.setattr(similarity, "available_memory_bytes", lambda: 1_000_000_000_000)
+    method, predicted = preflight.choose(users, 64, ExemplarsConfig())
+    assert method == wanted
+    assert [n["method"] for n in predicted["needs"]] == ["exact", "exact, all pairs", "distributed", "sparse"]
 
 
 def test_beauty_is_predicted_to_stay_under_eight_gigabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(similarity, "available_memory_bytes", lambda: 8_000_000_000)
-    assert 3.8e9 < stage.preflight(17_890, 384) < 5e9
+    method, predicted = preflight.choose(17_890, 384, ExemplarsConfig())
+    needs = {n["method"]: n["bytes"] for n in predicted["needs"]}
+    assert method == "exact"
+    assert needs["exact"] < 1e9
+    assert 3.8e9 < needs["exact, all pairs"] < 5e9
 
 
-def test_memory_of_the_messages_is_as_promised() -> None:
-    """Three float32 matrices, a block, and vectors: what the preflight says and the module's docstring promises."""
-    import torch
+def test_memory_of_whole_rows_is_as_promised() -> None:
+    """Three float32 matrices and a few numbers a user: what the preflight says and the docstring promises."""
+    messages = DenseMessages(np.zeros((300, 300), dtype=np.float32), 0, np.zeros(300), 0.5)
+    held = sum(v.nbytes for v in vars(messages).values() if isinstance(v, np.ndarray))
+    assert held <= DENSE_PAIR_BYTES * 300 * 300 + 8 * 8 * 300
 
-    from distributed_mi.exemplars import affinity
 
-    matrix = torch.zeros(300, 300)
-    messages = affinity._Messages(matrix, 0.5, None)
-    held = {
-        id(t): t.untyped_storage().nbytes() for t in vars(messages).values() if isinstance(t, torch.Tensor)
-    }
-    assert sum(held.values()) <= 12 * 300 * 300 + affinity.BLOCK_BYTES + 3 * 8 * 300
+def test_a_wanted_share_is_found(workspace: Workspace) -> None:
+    manifest = stage.run(ExemplarsConfig(share=1 / 3), workspace)
+    assert manifest.stats["share"] == pytest.approx(1 / 3)
+    assert manifest.stats["preference"] < 0
+    assert len(manifest.stats["shares_by_preference"]) >= 1
+
+
+def blob_vectors(users: int) -> np.ndarray:
+    rng = np.random.default_rng(3)
+    centres = rng.normal(size=(12, 4)) * 20
+    return (centres[np.arange(users) % 12] + rng.normal(size=(users, 4))).astype(np.float32)
+
+
+@pytest.mark.parametrize("warm_start", [False, True])
+def test_a_next_day_says_what_moved(
+    tmp_path: Path, warm_start: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """60 users, then 12 more: who was with an exemplar stays, and a warm start needs fewer rounds."""
+    monkeypatch.setattr(problem, "DENSE_USERS", 16)
+    workspace = Workspace(str(tmp_path))
+    write_inputs(workspace, blob_vectors(60))
+    first = stage.run(ExemplarsConfig(preference=-30, warm_start=warm_start), workspace)
+    assert first.stats["moved"] is None
+    assert first.stats["exemplars"] == 12
+    write_inputs(workspace, blob_vectors(72))
+    second = stage.run(ExemplarsConfig(preference=-30, warm_start=warm_start), workspace)
+    moved = second.stats["moved"]
+    assert moved["users_in_both"] == 60
+    assert moved["exemplars_kept"] + moved["exemplars_gone"] == 12
+    assert moved["exemplars_kept"] + moved["exemplars_new"] == second.stats["exemplars"] == 12
+    assert moved["users_moved"] <= 5 * moved["exemplars_gone"]
+    if warm_start:
+        assert second.stats["rounds"] <= first.stats["rounds"]
+
+
+def test_sparse_gives_the_same_blobs(tmp_path: Path) -> None:
+    workspace = Workspace(str(tmp_path))
+    write_inputs(workspace, blob_vectors(96))
+    exact = stage.run(ExemplarsConfig(method="exact", preference=-30), workspace)
+    found = workspace.stage("exemplars").read("assignment", "assignment")["exemplar_user_index"].to_pylist()
+    sparse = stage.run(ExemplarsConfig(method="sparse", preference=-30, neighbours=8), workspace)
+    again = workspace.stage("exemplars").read("assignment", "assignment")["exemplar_user_index"].to_pylist()
+    assert (exact.stats["method"], sparse.stats["method"]) == ("exact", "sparse")
+    assert again == found
+    assert sparse.stats["pairs"] < 96 * 95
+
+
+def test_the_report_shows_the_largest_clusters_and_no_markup_of_titles(workspace: Workspace) -> None:
+    stage.run(ExemplarsConfig(preference=-5), workspace)
+    folder = Path(workspace.stage("exemplars").base)
+    text = (folder / "report.md").read_text()
+    assert "2 of 6 users (33.33 %)" in text
+    assert "### u1: 3 users" in text
+    assert r"* A \<b\>title\</b\> \# of \[two\]\(lines\)" in text
+    assert (folder / "cluster_sizes.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_configuration_is_checked() -> None:
