@@ -5,7 +5,8 @@
 
 writes `results/train_step_<hardware>_<YYYYMM>.json` and `.md` with machine, versions, commit, command line, every
 sample and the ratio of the sides with its spread. For memory, or for a side that is a program, `measure_command`
-runs a command and reports seconds and peak resident memory.
+runs a command and reports seconds and peak resident memory. What is more than seconds side by side is a `Table`,
+written by `write_table` with the same facts.
 """
 
 import json
@@ -40,6 +41,10 @@ PACKAGES = (
     "numpy",
     "polars",
     "pyarrow",
+    "numba",
+    "scikit-learn",
+    "faiss-cpu",
+    "kmedoids",
 )
 """Packages whose version a result states, where installed."""
 
@@ -160,7 +165,7 @@ class CommandUse:
     peak_tree_bytes: int
     """Largest sum over its processes, sampled: pages that they share count once for each, short peaks are missed."""
     output: str
-    """Its standard output and error together."""
+    """Its standard output, and its standard error unless that was shown."""
 
 
 # The command runs below this small process, which asks the kernel for the peak of its children. Asked directly, the
@@ -175,7 +180,11 @@ with open(sys.argv[1], "w") as stream:
 
 
 def measure_command(
-    command: Sequence[str], *, env: Mapping[str, str] | None = None, sample_every_s: float = 0.05
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    sample_every_s: float = 0.05,
+    show_errors: bool = False,
 ) -> CommandUse:
     """Run a command to its end; seconds include the start of its interpreter.
 
@@ -183,6 +192,7 @@ def measure_command(
         command: program and arguments; no shell.
         env: variables added to the environment.
         sample_every_s: interval of the sampled sum over its processes.
+        show_errors: let its standard error, where progress is shown, through instead of keeping it.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "use.json"
@@ -190,7 +200,10 @@ def measure_command(
         with open(Path(folder) / "output", "w+b") as output:
             started = time.perf_counter()
             process = subprocess.Popen(
-                launch, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(env or {})}
+                launch,
+                stdout=output,
+                stderr=None if show_errors else subprocess.STDOUT,
+                env={**os.environ, **(env or {})},
             )
             peak_tree = _watch(process, sample_every_s)
             wall = time.perf_counter() - started
@@ -334,8 +347,6 @@ def write(
         Path of the Markdown file.
     """
     machine = describe_machine()
-    stem = f"{name}_{hardware or hardware_name(machine)}_{machine['date'][:7].replace('-', '')}"
-    folder.mkdir(parents=True, exist_ok=True)
     sides = {side: asdict(result.seconds(side)) for side in result.sides}
     ratios = {
         f"{result.sides[0]} / {side}": asdict(result.ratio(result.sides[0], side))
@@ -349,10 +360,69 @@ def write(
         "seconds": sides,
         "ratios": ratios,
     }
-    (folder / f"{stem}.json").write_text(json.dumps(document, indent=2, sort_keys=True, default=str) + "\n")
-    path = folder / f"{stem}.md"
+    path = _result_path(name, machine, hardware, folder)
+    _write_json(path.with_suffix(".json"), document)
     path.write_text(markdown(name, result, machine, notes))
     return path
+
+
+@dataclass(frozen=True)
+class Table:
+    """A result that is more than seconds side by side."""
+
+    header: list[str]
+    rows: list[list[str]]
+    """What people read, formatted."""
+    samples: list[dict[str, Any]]
+    """Every measurement, unrounded; JSON only."""
+    extra: dict[str, Any] = field(default_factory=dict)
+    """As in `Comparison`."""
+
+
+def write_table(
+    name: str,
+    table: Table,
+    *,
+    notes: str = "",
+    hardware: str | None = None,
+    folder: Path = RESULTS,
+    plot: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a table as JSON and Markdown; arguments and result as in `write`.
+
+    Args:
+        name: see there, like `notes`, `hardware` and `folder`.
+        table: what was measured.
+        notes: see there.
+        hardware: see there.
+        folder: see there.
+        plot: draws a figure into the PNG file that it is given; the Markdown shows it.
+    """
+    machine = describe_machine()
+    path = _result_path(name, machine, hardware, folder)
+    _write_json(
+        path.with_suffix(".json"), {"name": name, "notes": notes, "machine": machine, **asdict(table)}
+    )
+    lines = [f"# {name}", "", *([notes, ""] if notes else [])]
+    lines += [f"| {' | '.join(table.header)} |", "|---" + "|---:" * (len(table.header) - 1) + "|"]
+    lines += [f"| {' | '.join(row)} |" for row in table.rows]
+    if plot:
+        plot(path.with_suffix(".png"))
+        lines += ["", f"![{name}]({path.stem}.png)"]
+    lines += ["", *[f"* {key}: {value}" for key, value in table.extra.items()], *_machine_lines(machine)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def _result_path(name: str, machine: Mapping[str, Any], hardware: str | None, folder: Path) -> Path:
+    """The Markdown file of a result, in a folder that exists."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = f"{name}_{hardware or hardware_name(machine)}_{machine['date'][:7].replace('-', '')}"
+    return folder / f"{stem}.md"
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def markdown(name: str, result: Comparison, machine: Mapping[str, Any], notes: str = "") -> str:
@@ -371,17 +441,21 @@ def markdown(name: str, result: Comparison, machine: Mapping[str, Any], notes: s
     ]
     lines += ["turns, ratios are paired by repeat. A ratio below 1 means that the first side is faster.", ""]
     lines += [f"* {key}: {value}" for key, value in result.extra.items()]
+    return "\n".join(lines + _machine_lines(machine)) + "\n"
+
+
+def _machine_lines(machine: Mapping[str, Any]) -> list[str]:
+    """Machine, software, commit and command, one line each."""
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
     environment = (
         " ".join(f"{k}={v}" for k, v in machine["environment"].items()) or "none of the thread variables set"
     )
     gpus = f", {', '.join(machine['gpu'])}" if machine["gpu"] else ""
     changes = " with uncommitted changes" if machine["uncommitted_changes"] else ""
-    lines += [
+    return [
         f"* Machine: {machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB{gpus}, {machine['os']}",
         f"* Load average at the end: {', '.join(str(x) for x in machine['load_average'])}",
         f"* Software: Python {machine['python']}, {packages}; {environment}",
         f"* Commit: {machine['commit']}{changes}, {machine['date']}",
         f"* Command: `{machine['command']}`",
     ]
-    return "\n".join(lines) + "\n"
