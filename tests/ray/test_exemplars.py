@@ -1,6 +1,9 @@
 """Affinity propagation on Ray actors: the labels of one process, also when actors die or checkpoints fail."""
 
 import logging
+import os
+import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,10 +92,16 @@ def kill_after(problem: DistributedProblem, *rounds: int, ranks: tuple[int, ...]
 
 
 def kill(actor: Any) -> None:
-    """And wait until it is dead, so that the next call meets a dead actor for certain."""
-    ray.kill(actor)
-    with pytest.raises(RayError):
-        ray.get(actor.ping.remote(), timeout=30)
+    """Kill -9, and wait until Ray knows, so that the next call meets a dead actor for certain."""
+    os.kill(ray.get(actor.ping.remote(), timeout=30), signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            ray.get(actor.ping.remote(), timeout=30)
+        except RayError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the actor answers after kill -9")
 
 
 @pytest.mark.parametrize(
