@@ -228,6 +228,16 @@ class MatrixSimilarities(Similarities):
         return int(sums.argmax())
 
 
+def kept_in_memory(similarities: Similarities) -> Similarities:
+    """The similarities as a matrix, for work that reads rows again and again, when half of the free memory holds it."""
+    free = available_memory_bytes()
+    if not isinstance(similarities, VectorSimilarities):
+        return similarities
+    if free is not None and 8 * similarities.users**2 > free:
+        return similarities
+    return MatrixSimilarities(similarity_matrix(similarities.vectors_UD))
+
+
 def available_memory_bytes() -> int | None:
     """Memory that this machine or container still has, in bytes; None where Linux does not say."""
     found = [n for n in (_meminfo_available(), _cgroup_available()) if n is not None]

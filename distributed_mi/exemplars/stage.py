@@ -293,11 +293,12 @@ def _facility_location(problem: "Problem", result: "AffinityResult") -> float:
 
     from distributed_mi.exemplars.clusters import label, net_similarity
     from distributed_mi.exemplars.facility import greedy_facility_location
+    from distributed_mi.exemplars.similarity import kept_in_memory
 
-    count = len(result.exemplars_E)
+    similarities, count = kept_in_memory(problem.similarities), len(result.exemplars_E)
     with track("facility location", count, "exemplars") as bar:
-        chosen = greedy_facility_location(problem.similarities, count, on_choice=bar.advance)
-    _, nearest = label(problem.similarities, chosen)
+        chosen = greedy_facility_location(similarities, count, on_choice=bar.advance)
+    _, nearest = label(similarities, chosen)
     preferences = torch.full((len(nearest),), result.preference, dtype=torch.float64)
     return net_similarity(nearest, chosen, preferences)
 

@@ -143,3 +143,15 @@ def test_the_central_member_by_hand(rng: np.random.Generator) -> None:
         # 8.5 more make the last as good as 5.5
         better = preferences + torch.tensor([0.0, 0.0, 0.0, 8.5], dtype=torch.float64)
         assert similarities.central(members, better) == 3
+
+
+def test_rows_are_kept_where_memory_allows_it(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = similarity.VectorSimilarities(torch.from_numpy(rng.normal(size=(50, 3)).astype(np.float32)))
+    monkeypatch.setattr(similarity, "available_memory_bytes", lambda: 8 * 50 * 50)
+    kept = similarity.kept_in_memory(made)
+    assert isinstance(kept, similarity.MatrixSimilarities)
+    torch.testing.assert_close(kept.rows(torch.arange(50)), made.rows(torch.arange(50)), rtol=1e-6, atol=1e-6)
+    monkeypatch.setattr(similarity, "available_memory_bytes", lambda: 8 * 50 * 50 - 1)
+    assert similarity.kept_in_memory(made) is made
