@@ -16,12 +16,8 @@ _FAST = {"nnan", "nsz", "arcp", "contract", "reassoc"}
 SELF = -1
 """In place of a column: the row's own diagonal."""
 
-_CHUNK = 512
+_CHUNK = 128
 """Columns whose maximum is taken in vector registers before anybody asks where it is."""
-
-
-_SHORT_CHUNK = 128
-"""Columns among which one positive responsibility makes a difference."""
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST)
@@ -59,44 +55,51 @@ def dense_rows(
     keep = np.float32(damping)
     take = np.float32(1.0) - keep
     zero = np.float32(0.0)
-    for row in range(low, high):
-        similarities = similarities_RU[row]
-        responsibilities = responsibilities_RU[row]
-        availabilities = availabilities_RU[row]
-        first, second, best = self_value_R[row], np.float32(-np.inf), SELF
+    reach, reach_best, of_best = zero, SELF, zero  # of the row before
+    # The availabilities of a row come from memory, the responsibilities of the row before lie in the cache: chunk by
+    # chunk in turn, one computes while the other waits.
+    for row in range(low, high + 1):
+        first, second, best = zero, np.float32(-np.inf), SELF
+        here, before = min(row, high - 1), max(row - 1, low)
+        if row < high:
+            first = self_value_R[row]
         for start in range(0, users, _CHUNK):
             stop = min(start + _CHUNK, users)
-            largest = np.float32(-np.inf)
-            for k in range(start, stop):
-                target = min(totals_U[k] - max(responsibilities[k], zero), zero)
-                availability = keep * availabilities[k] + take * target
-                availabilities[k] = availability
-                largest = max(largest, availability + similarities[k])
-            if largest > second:
+            if row < high:
+                largest = np.float32(-np.inf)
                 for k in range(start, stop):
-                    value = availabilities[k] + similarities[k]
-                    if value > first:
-                        second = first
-                        first = value
-                        best = k
-                    elif value > second:
-                        second = value
-        first_R[row], second_R[row], best_R[row] = first, second, best
-        if best >= 0:
-            of_best = keep * responsibilities[best] + take * (similarities[best] - second)
-        for start in range(0, users, _SHORT_CHUNK):
-            stop = min(start + _SHORT_CHUNK, users)
-            largest = zero
-            for k in range(start, stop):
-                responsibility = keep * responsibilities[k] + take * (similarities[k] - first)
-                responsibilities[k] = responsibility
-                largest = max(largest, responsibility)
-            if start <= best < stop:
-                responsibilities[best] = of_best
-                largest = max(largest, of_best)
-            if largest > zero:  # few responsibilities are positive: most chunks leave the sums alone
+                    target = min(totals_U[k] - max(responsibilities_RU[here, k], zero), zero)
+                    availability = keep * availabilities_RU[here, k] + take * target
+                    availabilities_RU[here, k] = availability
+                    largest = max(largest, availability + similarities_RU[here, k])
+                if largest > second:
+                    for k in range(start, stop):
+                        value = availabilities_RU[here, k] + similarities_RU[here, k]
+                        if value > first:
+                            second = first
+                            first = value
+                            best = k
+                        elif value > second:
+                            second = value
+            if row > low:
+                largest = zero
                 for k in range(start, stop):
-                    sums_U[k] += max(responsibilities[k], zero)
+                    gain = take * (similarities_RU[before, k] - reach)
+                    responsibility = keep * responsibilities_RU[before, k] + gain
+                    responsibilities_RU[before, k] = responsibility
+                    largest = max(largest, responsibility)
+                if start <= reach_best < stop:
+                    responsibilities_RU[before, reach_best] = of_best
+                    largest = max(largest, of_best)
+                if largest > zero:  # few responsibilities are positive: most chunks leave the sums alone
+                    for k in range(start, stop):
+                        sums_U[k] += max(responsibilities_RU[before, k], zero)
+        if row < high:
+            first_R[row], second_R[row], best_R[row] = first, second, best
+            reach, reach_best = first, best
+            if best >= 0:
+                gain = take * (similarities_RU[row, best] - second)
+                of_best = keep * responsibilities_RU[row, best] + gain
 
 
 @njit(nogil=True, cache=True)
