@@ -27,7 +27,7 @@ from typing import Any, Literal
 import numpy as np
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 from torch import Tensor
 
 from distributed_mi.core.errors import StageError
@@ -50,6 +50,9 @@ Kind = Literal["dense", "lists", "sparse"]
 
 PEER_TIMEOUT_S = 300.0
 """Longest wait of an actor for the others' column sums."""
+
+DEATH_NOTICED_S = 2.0
+"""After one death, how long the others are given to turn out dead too."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +268,7 @@ class RemoteMessages(Messages):
                 return self._problem.call(method, *arguments)
             except RayError as error:
                 death = error
-                if not self._problem.dead():
+                if not isinstance(error, RayActorError) and not self._problem.dead(error):
                     raise
 
     def round(self) -> np.ndarray:
@@ -379,30 +382,48 @@ class DistributedProblem(Problem):
         ray.get([a.add_reversed.remote(rank, *reverse) for rank, a in enumerate(self.actors)])
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Call a method of all actors and wait for all answers, also when one of them is an error."""
-        answers = [getattr(a, method).remote(*arguments) for a in self.actors]
-        ray.wait(answers, num_returns=len(answers), timeout=PEER_TIMEOUT_S)
-        errors: list[RayError] = []
-        values = []
-        for answer in answers:
+        """Call a method of all actors and wait for all answers, unless one of them has died.
+
+        Raises:
+            RayActorError: one has died. The others are not waited for: who does not talk to the dead one itself hangs
+                in the all-reduce.
+            RayError: another error; the first, when every actor has answered.
+        """
+        waiting = {getattr(a, method).remote(*arguments): rank for rank, a in enumerate(self.actors)}
+        values: list[Any] = [None] * len(waiting)
+        failure: RayError | None = None
+        while waiting:
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=2 * PEER_TIMEOUT_S)
+            if not done:
+                raise failure or GetTimeoutError(
+                    f"exemplars: {len(waiting)} actors do not answer to {method}"
+                )
+            rank = waiting.pop(done[0])
             try:
-                values.append(ray.get(answer, timeout=PEER_TIMEOUT_S))
-            except RayError as error:  # one dead actor makes the others fail too: its own error says most
-                errors.append(error)
-        if errors:
-            raise next((e for e in errors if isinstance(e, RayActorError)), errors[0])
+                values[rank] = ray.get(done[0])
+            except RayActorError:
+                raise
+            except (
+                RayError
+            ) as error:  # perhaps of an actor whose peer has died: the peer's own error says more
+                failure = failure or error
+        if failure is not None:
+            raise failure
         return values
 
-    def dead(self) -> list[int]:
-        """Actors that do not live any more."""
-        answers = [a.ping.remote() for a in self.actors]
+    def dead(self, error: RayError) -> list[int]:
+        """Actors that do not live any more, after an error of a call."""
+        pings = {a.ping.remote(): rank for rank, a in enumerate(self.actors)}
+        # a living actor may hang in an all-reduce with the dead one, and then answers no ping
+        patience = DEATH_NOTICED_S if isinstance(error, RayActorError) else PEER_TIMEOUT_S
+        answered, _ = ray.wait(list(pings), num_returns=len(pings), timeout=patience)
         found = []
-        for rank, answer in enumerate(answers):
+        for answer in answered:
             try:
-                ray.get(answer, timeout=PEER_TIMEOUT_S)
+                ray.get(answer)
             except RayActorError:
-                found.append(rank)
-        return found
+                found.append(pings[answer])
+        return sorted(found)
 
     def restart(self, error: RayError) -> None:
         """Replace all actors after a death.
@@ -410,8 +431,8 @@ class DistributedProblem(Problem):
         Raises:
             StageError: too many deaths.
         """
-        dead = self.dead()
-        self.deaths += len(dead)
+        dead = self.dead(error)
+        self.deaths += max(1, len(dead))
         logger.warning("exemplars: actor %s died (%s)", ", ".join(map(str, dead)), str(error).splitlines()[0])
         if self.deaths > self.blocks.max_restarts:
             raise StageError(
