@@ -58,3 +58,18 @@ class UnknownUserError(DistributedMIError):
 
 class MissingDependencyError(DistributedMIError):
     """An optional library is needed; the message names the extra that brings it."""
+
+
+def own_error(error: BaseException) -> BaseException:
+    """The project's error behind one that Ray wrapped, or the error itself.
+
+    Ray hands over a class made on the spot that is both its own and the project's; what comes back here is of the
+    project's class alone.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, DistributedMIError):
+            own = next(c for c in type(seen).__mro__ if c.__module__ == DistributedMIError.__module__)
+            return own(*seen.args)
+        seen = getattr(seen, "cause", None) or seen.__cause__
+    return error

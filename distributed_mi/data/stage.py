@@ -37,10 +37,10 @@ from distributed_mi.core.artifacts import (
 )
 from distributed_mi.core.errors import (
     ConfigError,
-    DistributedMIError,
     InputError,
     RejectedRowsError,
     StageError,
+    own_error,
 )
 from distributed_mi.core.progress import track
 from distributed_mi.data import exchange, filters, leakage, passes, split, vocab
@@ -458,18 +458,7 @@ def _get(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        raise _own_error(error) from error
-
-
-def _own_error(error: BaseException) -> BaseException:
-    """The project's error behind one that Ray wrapped, or the error itself."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, DistributedMIError):
-            own = next(c for c in type(seen).__mro__ if c.__module__ == DistributedMIError.__module__)
-            return own(*seen.args)
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    return error
+        raise own_error(error) from error
 
 
 @contextmanager
@@ -491,7 +480,7 @@ def _ray_data() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        raise _own_error(error) from error
+        raise own_error(error) from error
     finally:
         log.setLevel(level)
         for name, value in before.items():

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from distributed_mi.core.artifacts import Manifest, StageKey, StageRun, Workspace
-from distributed_mi.core.errors import DistributedMIError, InputError, StageError
+from distributed_mi.core.errors import DistributedMIError, InputError, StageError, own_error
 from distributed_mi.core.progress import track
 from distributed_mi.text.config import EmbedConfig
 from distributed_mi.text.source import BUNDLED_PACKAGE, locate, model_key
@@ -286,22 +286,11 @@ def _quiet_ray_data() -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        raise _own_error(error) from error
+        raise own_error(error) from error
     finally:
         for name, value in before.items():
             setattr(context, name, value)
         log.setLevel(level)
-
-
-def _own_error(error: BaseException) -> BaseException:
-    """The project's error behind one that Ray wrapped, or the error itself."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, DistributedMIError):
-            own = next(c for c in type(cause).__mro__ if c.__module__ == DistributedMIError.__module__)
-            return own(*cause.args)
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    return error
 
 
 def _collect(

@@ -31,3 +31,20 @@ def test_error_survives_pickling(cls: type[errors.DistributedMIError]) -> None:
 def test_configuration_errors_exit_with_2_and_others_with_1(cls: type[errors.DistributedMIError]) -> None:
     assert cls.exit_code == (2 if issubclass(cls, errors.ConfigError) else 1)
     assert cls.__doc__
+
+
+def test_the_own_error_is_found_behind_wrappers() -> None:
+    class WrappedError(RuntimeError, errors.InputError):
+        """As Ray makes it: of both classes."""
+
+    found = errors.own_error(WrappedError("users.csv, row 3"))
+    assert type(found) is errors.InputError
+    assert str(found) == "users.csv, row 3"
+
+    outer, held = RuntimeError("outer"), RuntimeError("held")
+    held.cause = errors.StageError("in the attribute")  # type: ignore[attr-defined]
+    outer.__cause__ = held
+    assert str(errors.own_error(outer)) == "in the attribute"
+
+    other = ValueError("not ours")
+    assert errors.own_error(other) is other
