@@ -32,7 +32,8 @@ class Certificate:
     """What speaks for a result, or against it."""
 
     changes: tuple[int, ...]
-    """Users that became or ceased to be an exemplar in each of the last `convergence_iter` rounds, the newest last."""
+    """Users that became or ceased to be an exemplar from each of the last `convergence_iter` rounds to the next, the
+    newest last: one number fewer than rounds."""
     oscillating_users: int
     """Users that did so in any of these rounds; 0 after convergence."""
     fixed_point: bool

@@ -28,9 +28,6 @@ import numpy as np
 from distributed_mi.exemplars import kernels
 from distributed_mi.exemplars.messages import Messages, Reduce
 
-_SPARE = 1.25
-"""A list that grows takes this many times the entries that the round at hand needs."""
-
 ENTRY_BYTES = 16
 """One listed pair: int32 column, float32 similarity and both messages."""
 

@@ -157,7 +157,7 @@ class LocalProblem(Problem):
         return "lists" if isinstance(self.similarities, VectorSimilarities) and not few else "dense"
 
     def messages(self, preferences_U: np.ndarray, damping: float, warm: Warm | None = None) -> Messages:
-        """As in `Problem`. Where lists turn out too long, the run goes on with whole rows from the same round."""
+        """As in `Problem`. Where lists turn out too long, whole rows take over and do the rounds so far again."""
         self.last = None
         if self.solver == "lists":
             self.last = _WideningMessages(self, self._list_messages(preferences_U, damping, warm))
