@@ -107,9 +107,9 @@ def kill(actor: Any) -> None:
 @pytest.mark.parametrize(
     ("kind", "num_actors"),
     [
-        ("dense", 2),
         ("lists", 2),
-        ("sparse", 2),
+        pytest.param("dense", 2, marks=pytest.mark.slow),
+        pytest.param("sparse", 2, marks=pytest.mark.slow),
         pytest.param("dense", 4, marks=pytest.mark.slow),
         pytest.param("lists", 4, marks=pytest.mark.slow),
         pytest.param("sparse", 4, marks=pytest.mark.slow),
@@ -132,6 +132,7 @@ def test_labels_are_those_of_one_process(
     assert min(problem.peak_bytes) > 1 << 20
 
 
+@pytest.mark.slow
 def test_one_actor_and_more_actors_than_users(
     vectors: torch.Tensor, alone: Callable[[Kind], AffinityResult]
 ) -> None:
@@ -322,7 +323,8 @@ def test_the_last_checkpoint_survives_one_that_cannot_be_written(
     assert "going on from round 4, 6 rounds are done again" in caplog.text
 
 
-@pytest.mark.parametrize("max_restarts", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("max_restarts", [0, 2])
 def test_too_many_deaths_end_the_run(vectors: torch.Tensor, max_restarts: int) -> None:
     with DistributedProblem(vectors, blocks("dense", max_restarts=max_restarts)) as problem:
         with pytest.raises(StageError, match=f"at most {max_restarts} are put up with"):
