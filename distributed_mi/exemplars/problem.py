@@ -129,11 +129,10 @@ class LocalProblem(Problem):
         similarities: Tensor | None = None,
         solver: Solver = "auto",
         length: int = FIRST_LENGTH,
-        on_rows: OnRows | None = None,
     ) -> None:
         self._matrix: Tensor | None = None
         self._diagonal: Tensor | None = None
-        self._length, self._on_rows = length, on_rows
+        self._length = length
         if similarities is not None:
             check_similarities(similarities)
             self._matrix, self._diagonal = similarities, similarities.diagonal().clone()
@@ -171,11 +170,16 @@ class LocalProblem(Problem):
                 self.last.restore(warm.state() | {"preferences": preferences_U})
         return self.last
 
-    def _list_messages(self, preferences_U: np.ndarray, damping: float, warm: Warm | None) -> ListMessages:
-        users = self.similarities.users
-        if self.lists is None:
+    def find_neighbours(self, on_rows: OnRows | None = None) -> None:
+        """Make the lists, unless there are some or whole rows are kept; the first run does it otherwise."""
+        if self.solver == "lists" and self.lists is None:
             self._source = ExactNeighbours(self.similarities)
-            self.lists = self._source.lists(users, self._length, self._on_rows)
+            self.lists = self._source.lists(self.similarities.users, self._length, on_rows)
+
+    def _list_messages(self, preferences_U: np.ndarray, damping: float, warm: Warm | None) -> ListMessages:
+        self.find_neighbours()
+        assert self.lists is not None
+        users = self.similarities.users
         most = int(_LONG * users * users)
         free = available_memory_bytes()
         if free is not None:  # a list that grows is copied

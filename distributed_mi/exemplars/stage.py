@@ -140,8 +140,11 @@ def _open_problem(
                 )
             yield stack.enter_context(problem)
         else:
-            bar = stack.enter_context(track("exemplars: neighbours", users, "users"))
-            yield stack.enter_context(LocalProblem(vectors, on_rows=bar.advance))
+            local = stack.enter_context(LocalProblem(vectors))
+            if local.solver == "lists" and (config.preference != "none" or config.share is not None):
+                with track("exemplars: neighbours", users, "users") as bar:
+                    local.find_neighbours(bar.advance)
+            yield local
 
 
 def _read_vectors(workspace: Workspace) -> tuple[np.ndarray, np.ndarray]:
