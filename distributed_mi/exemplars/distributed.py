@@ -37,6 +37,7 @@ from distributed_mi.exemplars.neighbours import (
     FIRST_LENGTH,
     ExactNeighbours,
     NeighbourIndex,
+    measure,
     merge_found,
     reverse_edges,
     with_edges,
@@ -163,9 +164,7 @@ class _RowBlock:
         """Lists of the own rows from what all indexes found; returns reversed pairs for each actor."""
         own = np.arange(self._low, self._high)
         lists = merge_found(list(parts), own, self._blocks.neighbours)
-        lists.similarities_M = VectorSimilarities(torch.from_numpy(self._vectors)).pairs(
-            np.repeat(own, np.diff(lists.starts_R)), lists.columns_M
-        )
+        measure(lists, VectorSimilarities(torch.from_numpy(self._vectors)), self._low)
         self._lists = lists
         rows, columns, values = reverse_edges(lists, self._low)
         to = np.searchsorted(self._bounds, rows, side="right") - 1

@@ -39,18 +39,16 @@ class ListsTooLongError(RuntimeError):
 class NeighbourSource(Protocol):
     """Where further neighbours of a row come from."""
 
-    def further(
-        self, rows: np.ndarray, columns: list[np.ndarray], above: np.ndarray
-    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
-        """Neighbours that a list lacks.
+    def further(self, rows: np.ndarray, known: "NeighbourLists", above: np.ndarray) -> "NeighbourLists":
+        """Neighbours that lists lack.
 
         Args:
-            rows: positions in the range.
-            columns: what each of them lists already.
+            rows: positions in the range, ascending.
+            known: what these rows list already, row for row.
             above: float64, the similarity above which none may be missing; a few more are welcome.
 
         Returns:
-            For each row the new columns and their similarities; and the rows' new bounds, float32.
+            The new entries of each row, and its new bound.
         """
 
 
@@ -66,6 +64,9 @@ class NeighbourLists:
     """float32 `[M]`."""
     bound_R: np.ndarray
     """float32 `[R]`: no similarity outside of the list exceeds it; -inf for a row that lists everybody."""
+    order_R: np.ndarray | None = None
+    """int64 `[R]`: rows whose neighbours are much the same, one after the other; worked through in this order the
+    columns' sums stay in the cache. None: as they stand."""
 
     @property
     def rows(self) -> int:
@@ -80,6 +81,16 @@ class NeighbourLists:
     def columns_of(self, row: int) -> np.ndarray:
         """int32 columns of one row."""
         return self.columns_M[self.starts_R[row] : self.starts_R[row + 1]]
+
+    def take(self, rows: np.ndarray) -> "NeighbourLists":
+        """Copies of the lists of some rows, in the order given."""
+        lengths = self.starts_R[rows + 1] - self.starts_R[rows]
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        columns = np.empty(int(starts[-1]), dtype=np.int32)
+        similarities = np.empty(int(starts[-1]), dtype=np.float32)
+        kernels.take_lists(rows, self.starts_R, self.columns_M, starts, columns)
+        kernels.take_lists(rows, self.starts_R, self.similarities_M, starts, similarities)
+        return NeighbourLists(starts, columns, similarities, self.bound_R[rows])
 
     @classmethod
     def of_equal_length(
@@ -152,9 +163,10 @@ class ListMessages(Messages):
         return sums_U, np.where(self._best_R == kernels.SELF, self._second_R, self._first_R)
 
     def _strip(self, low: int, high: int, bound_R: np.ndarray, short_R: np.ndarray) -> np.ndarray:
-        rows = np.arange(low, high)
+        order = self.lists.order_R
+        rows = np.arange(low, high) if order is None else order[low:high]
         sums_U = self._rows(rows, bound_R, age=True)
-        short_R[low:high] = bound_R[low:high] > self._second_R[low:high]
+        short_R[rows] = bound_R[rows] > self._second_R[rows]
         return sums_U
 
     def _rows(self, rows: np.ndarray, bound_R: np.ndarray, *, age: bool) -> np.ndarray:
@@ -182,35 +194,30 @@ class ListMessages(Messages):
         """Lengthen the lists of some rows until nothing outside of them matters in this round."""
         assert self.source is not None
         self.grown += len(rows)
-        known = [self.lists.columns_of(row) for row in rows]
-        columns, similarities, bounds = self.source.further(rows, known, self._second_R[rows])
-        extra_R = np.zeros(self.rows, dtype=np.int64)
-        extra_R[rows] = [len(c) for c in columns]
-        total = self.lists.entries + int(extra_R.sum())
+        old = self.lists
+        added = self.source.further(rows, old.take(rows), self._second_R[rows])
+        total = old.entries + added.entries
         if self.max_entries is not None and total > self.max_entries:
             raise ListsTooLongError(f"{total:,} listed pairs, at most {self.max_entries:,} pay")
-        old_starts, old = self.lists.starts_R, self.lists
-        starts_R = old_starts + np.concatenate([[0], np.cumsum(extra_R)])
-        places = np.concatenate(
-            [np.arange(starts_R[r + 1] - extra_R[r], starts_R[r + 1]) for r in rows]
-            or [np.empty(0, dtype=np.int64)]
-        )
-        new_columns, new_similarities = np.concatenate(columns), np.concatenate(similarities)
-        row_of_new = np.repeat(rows, extra_R[rows])
-        messages = self.weight_R[row_of_new] * new_similarities - self.reach_mean_R[row_of_new]
+        extra = np.diff(added.starts_R)
+        extra_R = np.zeros(self.rows, dtype=np.int64)
+        extra_R[rows] = extra
+        starts_R = old.starts_R + np.concatenate([[0], np.cumsum(extra_R)])
+        messages = np.repeat(self.weight_R[rows], extra) * added.similarities_M
+        messages -= np.repeat(self.reach_mean_R[rows], extra)
 
         def lengthen(values_M: np.ndarray, new: np.ndarray) -> np.ndarray:
             longer = np.empty(total, dtype=values_M.dtype)
-            kernels.copy_lists(old_starts, starts_R, values_M, longer)
-            longer[places] = new
+            new = new.astype(values_M.dtype, copy=False)
+            kernels.lengthen_lists(old.starts_R, values_M, rows, added.starts_R, new, starts_R, longer)
             return longer
 
         self.responsibilities_M = lengthen(self.responsibilities_M, messages)
-        self.availabilities_M = lengthen(self.availabilities_M, self.background_U[new_columns])
-        self.lists.columns_M = lengthen(old.columns_M, new_columns)
-        self.lists.similarities_M = lengthen(old.similarities_M, new_similarities)
-        self.lists.starts_R = starts_R
-        self.lists.bound_R[rows] = bounds
+        self.availabilities_M = lengthen(self.availabilities_M, self.background_U[added.columns_M])
+        old.columns_M = lengthen(old.columns_M, added.columns_M)
+        old.similarities_M = lengthen(old.similarities_M, added.similarities_M)
+        old.starts_R = starts_R
+        old.bound_R[rows] = added.bound_R
 
     def warm_start(self, other: "ListMessages") -> None:
         """Go on from the messages of another run over the same lists (another preference or damping)."""

@@ -24,6 +24,10 @@ _GROWTH = 1.25
 _FLAT_LIMIT = 20_000
 """Up to so many users an index without cells is faster to build and search than it is to train one with cells."""
 
+_LENGTH_STEPS = 4
+"""Lists that grow are searched for together when the lengths that they want differ by less than the root of this order
+of two."""
+
 _CELL_POINTS = 64
 """Points a cell that the coarse quantizer is trained on; faiss warns below 39."""
 
@@ -60,36 +64,32 @@ class ExactNeighbours:
         values = self.similarities.pairs(own, columns.ravel())
         return NeighbourLists.of_equal_length(columns, values.reshape(columns.shape), bound)
 
-    def further(
-        self, rows: np.ndarray, columns: list[np.ndarray], above: np.ndarray
-    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    def further(self, rows: np.ndarray, known: NeighbourLists, above: np.ndarray) -> NeighbourLists:
         """As in `lists.NeighbourSource`; each list becomes `_GROWTH` times as long as the similarities ask for."""
         users = self.similarities.users
         bounds = np.full(len(rows), -np.inf, dtype=np.float32)
-        new_columns: list[np.ndarray] = []
-        new_values: list[np.ndarray] = []
+        columns: list[np.ndarray] = []
+        counts: list[np.ndarray] = []
         for low, high in row_blocks(len(rows), 4 * users):
             block, shift, error = self._block(rows[low:high])
-            known = [torch.from_numpy(c).to(block.device, torch.int64) for c in columns[low:high]]
-            lengths = torch.tensor([len(c) for c in known], device=block.device)
+            lengths = torch.from_numpy(np.diff(known.starts_R[low : high + 1])).to(block.device)
             places = torch.arange(high - low, device=block.device).repeat_interleave(lengths)
-            block[places, torch.cat(known)] = -torch.inf
+            listed = known.columns_M[known.starts_R[low] : known.starts_R[high]]
+            block[places, torch.from_numpy(listed).to(block.device, torch.int64)] = -torch.inf
             least = torch.from_numpy(above[low:high]).to(block.device, torch.float32) - shift - error
             needed = (block > least[:, None]).sum(dim=1)
             wanted = (_GROWTH * (needed + lengths)).long() + 1 - lengths
             wanted = torch.minimum(torch.maximum(wanted, needed), users - 1 - lengths)
             top = block.topk(int(wanted.max()), dim=1)
-            ends = (top.values + (shift + error)[:, None]).cpu().numpy()
-            indices = top.indices.cpu().numpy().astype(np.int32)
-            counts = wanted.tolist()
-            found = np.concatenate([indices[i, :count] for i, count in enumerate(counts)])
-            values = self.similarities.pairs(np.repeat(rows[low:high] + self.first_row, counts), found)
-            new_columns += np.split(found, np.cumsum(counts)[:-1])
-            new_values += np.split(values, np.cumsum(counts)[:-1])
-            for i, count in enumerate(counts):
-                if count + int(lengths[i]) < users - 1:
-                    bounds[low + i] = ends[i, count - 1]
-        return new_columns, new_values, bounds
+            chosen = torch.arange(top.indices.shape[1], device=block.device) < wanted[:, None]
+            columns.append(top.indices[chosen].cpu().numpy().astype(np.int32))
+            counts.append(wanted.cpu().numpy())
+            last = top.values.gather(1, (wanted - 1).clamp_min(0)[:, None]).flatten() + shift + error
+            more = (wanted > 0) & (wanted + lengths < users - 1)
+            bounds[low:high] = torch.where(more, last, -torch.inf).cpu().numpy()
+        found, count = np.concatenate(columns), np.concatenate(counts)
+        values = self.similarities.pairs(np.repeat(rows + self.first_row, count), found)
+        return NeighbourLists(np.concatenate([[0], np.cumsum(count)]), found, values, bounds)
 
     def _block(self, rows: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
         """As `Similarities.ordered_rows`, -inf to themselves."""
@@ -127,6 +127,21 @@ class NeighbourIndex:
             chosen = np.random.default_rng(seed).permutation(count)[: _CELL_POINTS * cells]
             self.index.train(np.ascontiguousarray(vectors_UD[np.sort(chosen)]))
         self.index.add(np.ascontiguousarray(vectors_UD, dtype=np.float32))
+
+    def order(self) -> np.ndarray | None:
+        """The indexed users cell by cell, int64 positions among them; None for an index without cells.
+
+        Those who ask one after the other in this order look into the same cells, and find much the same users.
+        """
+        import faiss
+
+        if not hasattr(self.index, "invlists"):
+            return None
+        cells = self.index.invlists
+        sizes = [cells.list_size(c) for c in range(cells.nlist)]
+        return np.concatenate(
+            [faiss.rev_swig_ptr(cells.get_ids(c), size).copy() for c, size in enumerate(sizes) if size]
+        )
 
     def search(self, queries_BD: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """The nearest `length` indexed users of each query.
@@ -173,13 +188,30 @@ def nearest_lists(
     on_rows: OnRows | None = None,
 ) -> NeighbourLists:
     """Approximate lists of a range of rows from one index over all users, in blocks."""
+    order = index.order()
+    if order is None or len(order) != len(vectors_UD):
+        order = np.arange(rows.start, rows.stop)
+    else:
+        order = order[(order >= rows.start) & (order < rows.stop)]
     parts = []
-    for low, high in row_blocks(rows.stop - rows.start, 16 * length, BLOCK_BYTES):
-        own = np.arange(rows.start + low, rows.start + high)
+    for low, high in row_blocks(len(order), 16 * length, BLOCK_BYTES):
+        own = order[low:high]
         parts.append(merge_found([index.search(vectors_UD[own], length + 1)], own, length))
         if on_rows:
             on_rows(high - low)
-    return concatenate(parts)
+    back = np.empty(len(order), dtype=np.int64)
+    back[order - rows.start] = np.arange(len(order))
+    lists = concatenate(parts).take(back)
+    lists.order_R = order - rows.start
+    return lists
+
+
+def measure(lists: NeighbourLists, similarities: Similarities, first_row: int = 0) -> None:
+    """Replace the similarities of the listed pairs, which an index rounds, by exact ones."""
+    for low, high in row_blocks(lists.rows, 16 * max(1, lists.entries // max(1, lists.rows))):
+        part = slice(lists.starts_R[low], lists.starts_R[high])
+        own = np.repeat(np.arange(low, high) + first_row, np.diff(lists.starts_R[low : high + 1]))
+        lists.similarities_M[part] = similarities.pairs(own, lists.columns_M[part])
 
 
 def concatenate(parts: list[NeighbourLists]) -> NeighbourLists:
@@ -211,30 +243,30 @@ def with_edges(
         columns: int32.
         values: float32 similarities.
     """
-    own = np.repeat(np.arange(lists.rows, dtype=np.int64), np.diff(lists.starts_R))
-    known = np.sort(own << 32 | lists.columns_M)
-    local = rows - first_row
-    wanted, first = np.unique(local << 32 | columns, return_index=True)
-    place = np.minimum(np.searchsorted(known, wanted), max(len(known) - 1, 0))
-    new = first[known[place] != wanted] if len(known) else first
-    extra = np.bincount(local[new], minlength=lists.rows)
-    starts = lists.starts_R + np.concatenate([[0], np.cumsum(extra)])
-    places = np.repeat(starts[1:] - extra, extra) + _ranks(extra)
-
-    def merged(old: np.ndarray, added: np.ndarray) -> np.ndarray:
-        longer = np.empty(int(starts[-1]), dtype=old.dtype)
-        kernels.copy_lists(lists.starts_R, starts, old, longer)
-        longer[places] = added[new]
-        return longer
-
-    return NeighbourLists(
-        starts, merged(lists.columns_M, columns), merged(lists.similarities_M, values), lists.bound_R
+    counts = np.bincount(rows - first_row, minlength=lists.rows)
+    other_starts = np.concatenate([[0], np.cumsum(counts)])
+    others, other_values = np.empty(len(rows), dtype=np.int32), np.empty(len(rows), dtype=np.float32)
+    kernels.sort_by_row(rows, first_row, columns, values, other_starts[:-1].copy(), others, other_values)
+    users = 1 + max(int(lists.columns_M.max(initial=-1)), int(others.max(initial=-1)))
+    starts = np.empty_like(lists.starts_R)
+    joined = np.empty(lists.entries + len(rows), dtype=np.int32)
+    similarities = np.empty(len(joined), dtype=np.float32)
+    kernels.join_lists(
+        lists.starts_R,
+        lists.columns_M,
+        lists.similarities_M,
+        other_starts,
+        others,
+        other_values,
+        np.full(users, -1, dtype=np.int64),
+        starts,
+        joined,
+        similarities,
     )
-
-
-def _ranks(counts: np.ndarray) -> np.ndarray:
-    """0, 1, ... counts[0] - 1, 0, 1, ... counts[1] - 1, ..."""
-    return np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    end = int(starts[-1])
+    return NeighbourLists(
+        starts, joined[:end].copy(), similarities[:end].copy(), lists.bound_R, lists.order_R
+    )
 
 
 class IndexNeighbours:
@@ -247,6 +279,7 @@ class IndexNeighbours:
         search: vectors and length -> columns and similarities, over all users.
         first_row: where the range of rows begins.
         most: longest list.
+        order_R: the range's rows in the order in which the index is best asked for them; see `NeighbourIndex.order`.
     """
 
     def __init__(
@@ -255,40 +288,50 @@ class IndexNeighbours:
         search: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
         first_row: int,
         most: int,
+        order_R: np.ndarray | None = None,
     ) -> None:
         self.similarities, self.search, self.first_row, self.most = similarities, search, first_row, most
+        self.rank_R: np.ndarray | None = None
+        if order_R is not None:
+            self.rank_R = np.empty_like(order_R)
+            self.rank_R[order_R] = np.arange(len(order_R))
+        self._mark_U = np.full(similarities.users, -1, dtype=np.int64)
         self.stopped = 0
         """Rows that would have grown beyond the limit."""
 
-    def further(
-        self, rows: np.ndarray, columns: list[np.ndarray], above: np.ndarray
-    ) -> tuple[list[np.ndarray], list[np.ndarray], np.ndarray]:
+    def further(self, rows: np.ndarray, known: NeighbourLists, above: np.ndarray) -> NeighbourLists:
         """As in `lists.NeighbourSource`, but lists only double, and stop at the limit."""
-        lengths = np.array([len(c) for c in columns])
-        known = np.repeat(np.arange(len(rows), dtype=np.int64), lengths) << 32 | np.concatenate(columns)
-        known.sort()
+        lengths = np.diff(known.starts_R)
         vectors = self.similarities.vectors_UD.numpy()
-        bounds = np.full(len(rows), -np.inf, dtype=np.float32)
         wanted = np.minimum(2 * lengths, self.most)
-        pairs = []
-        for length in np.unique(wanted[wanted > lengths]):
-            chosen = np.flatnonzero((wanted == length) & (wanted > lengths))
-            for low, high in row_blocks(len(chosen), 32 * int(length), BLOCK_BYTES):
+        self.stopped += int((wanted <= lengths).sum())
+        bounds = np.full(len(rows), -np.inf, dtype=np.float32)
+        of: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+        columns: list[np.ndarray] = [np.empty(0, dtype=np.int32)]
+        # lists of about the same length ask together, for as many as the longest of them wants
+        step = np.ceil(np.log2(np.maximum(wanted, 1)) * _LENGTH_STEPS)
+        for this in np.unique(step[wanted > lengths]):
+            chosen = np.flatnonzero((step == this) & (wanted > lengths))
+            if self.rank_R is not None:
+                chosen = chosen[np.argsort(self.rank_R[rows[chosen]])]
+            length = int(wanted[chosen].max())
+            for low, high in row_blocks(len(chosen), 32 * length, BLOCK_BYTES):
                 some = chosen[low:high]
                 own = rows[some] + self.first_row
-                found, values = self.search(vectors[own], int(length) + 1)
-                real = (found >= 0) & (found != own[:, None])
-                pair = (some[:, None] << 32 | found)[real]
-                place = np.minimum(np.searchsorted(known, pair), len(known) - 1)
-                pair = pair[known[place] != pair]
-                pairs.append(pair)
+                found, values = self.search(vectors[own], length + 1)
+                keep = np.empty(found.shape, dtype=np.bool_)
+                listed = known.take(some)
                 # a list that found nothing new has all that the index can give it
-                more = np.isin(some, pair >> 32)
-                farthest = np.where(real, values, np.inf).min(axis=1)
-                bounds[some[more]] = farthest[more]
-        pair = np.sort(np.concatenate(pairs)) if pairs else np.empty(0, dtype=np.int64)
-        of, found = pair >> 32, (pair & 0xFFFFFFFF).astype(np.int32)
-        exact = self.similarities.pairs(rows[of] + self.first_row, found)
-        ends = np.cumsum(np.bincount(of, minlength=len(rows)))[:-1]
-        self.stopped += int((wanted <= lengths).sum())
-        return np.split(found, ends), np.split(exact, ends), bounds
+                farthest = np.empty(len(some), dtype=np.float32)
+                kernels.keep_new(
+                    found, values, own, listed.starts_R, listed.columns_M, self._mark_U, keep, farthest
+                )
+                bounds[some] = farthest
+                of.append(np.repeat(some, keep.sum(axis=1)))
+                columns.append(found[keep].astype(np.int32))
+        row_of, column = np.concatenate(of), np.concatenate(columns)
+        order = np.argsort(row_of, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=len(rows)))])
+        new = NeighbourLists(starts, column[order], np.empty(len(column), dtype=np.float32), bounds)
+        new.similarities_M = self.similarities.pairs(rows[row_of[order]] + self.first_row, new.columns_M)
+        return new

@@ -24,6 +24,7 @@ from distributed_mi.exemplars.neighbours import (
     IndexNeighbours,
     NeighbourIndex,
     OnRows,
+    measure,
     nearest_lists,
     reverse_edges,
     with_edges,
@@ -293,12 +294,12 @@ class SparseProblem(Problem):
         index = NeighbourIndex(self._vectors, probes=probes)
         lists = nearest_lists(self._vectors, index, slice(0, users), neighbours, on_rows)
         lists = with_edges(lists, 0, *reverse_edges(lists, 0))
-        lists.similarities_M = self.similarities.pairs(
-            np.repeat(np.arange(users), np.diff(lists.starts_R)), lists.columns_M
-        )
+        measure(lists, self.similarities)
         self.lists = lists
         self._source = (
-            IndexNeighbours(self.similarities, index.search, 0, self.most) if self.most > neighbours else None
+            IndexNeighbours(self.similarities, index.search, 0, self.most, lists.order_R)
+            if self.most > neighbours
+            else None
         )
 
     def messages(self, preferences_U: np.ndarray, damping: float, warm: Warm | None = None) -> Messages:

@@ -363,15 +363,21 @@ def test_lists_of_equal_length() -> None:
     )
 
 
-def test_copying_lists_to_longer_places(rng: np.random.Generator) -> None:
-    counts, extra = rng.integers(0, 5, size=20), rng.integers(0, 4, size=20)
-    starts = np.concatenate([[0], np.cumsum(counts)])
+def test_lengthening_lists_of_some_rows(rng: np.random.Generator) -> None:
+    counts, rows = rng.integers(0, 5, size=20), np.array([0, 3, 4, 11, 19])
+    added = rng.integers(0, 4, size=5)
+    extra = np.zeros(20, dtype=np.int64)
+    extra[rows] = added
+    starts, added_starts = (np.concatenate([[0], np.cumsum(c)]) for c in (counts, added))
     longer = np.concatenate([[0], np.cumsum(counts + extra)])
     old = rng.normal(size=starts[-1]).astype(np.float32)
-    new = np.full(longer[-1], np.nan, dtype=np.float32)
-    kernels.copy_lists(starts, longer, old, new)
-    wanted = [[*old[a:b], *[np.nan] * e] for a, b, e in zip(starts, starts[1:], extra, strict=False)]
-    np.testing.assert_array_equal(new, np.concatenate(wanted))
+    new = rng.normal(size=added_starts[-1]).astype(np.float32)
+    found = np.full(longer[-1], np.nan, dtype=np.float32)
+    kernels.lengthen_lists(starts, old, rows, added_starts, new, longer, found)
+    parts = [old[a:b] for a, b in pairwise(starts)]
+    for n, row in enumerate(rows):
+        parts[row] = np.concatenate([parts[row], new[added_starts[n] : added_starts[n + 1]]])
+    np.testing.assert_array_equal(found, np.concatenate(parts))
 
 
 def test_a_belief_that_is_rounding_is_exactly_zero(rng: np.random.Generator) -> None:

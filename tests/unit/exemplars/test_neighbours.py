@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distributed_mi.exemplars import neighbours as module
-from distributed_mi.exemplars.lists import NeighbourLists
+from distributed_mi.exemplars.lists import ListMessages, NeighbourLists
 from distributed_mi.exemplars.neighbours import (
     ExactNeighbours,
     IndexNeighbours,
     NeighbourIndex,
     concatenate,
+    measure,
     merge_found,
     nearest_lists,
     reverse_edges,
@@ -130,18 +131,18 @@ def test_further_neighbours_leave_none_out_above_the_threshold(
     lists = source.lists(70 - first_row, 3)
     monkeypatch.setattr(module, "row_blocks", lambda rows, width: row_blocks(rows, width, 4 * width))
     rows = np.flatnonzero(rng.random(70 - first_row) < 0.5)
-    known = [lists.columns_of(row) for row in rows]
+    known = lists.take(rows)
     # thresholds among the similarities, at them, below all
     above = np.array(
         [rng.choice(matrix[first_row + row][np.isfinite(matrix[first_row + row])]) for row in rows]
     )
     above[::3] = -1e30
     above[1::5] = -np.inf
-    columns, similarities, bounds = source.further(rows, known, above)
-    assert len(columns) == len(similarities) == len(bounds) == len(rows)
-    for row, old, new, values, bound, threshold in zip(
-        rows, known, columns, similarities, bounds, above, strict=True
-    ):
+    further = source.further(rows, known, above)
+    assert known.rows == further.rows == len(rows)
+    for i, (row, bound, threshold) in enumerate(zip(rows, further.bound_R, above, strict=True)):
+        old, new, values = lists.columns_of(row), further.columns_of(i), similarities_of(further, i)
+        assert known.columns_of(i).tolist() == old.tolist()
         own = first_row + row
         everyone = [*old, *new, own]
         assert len(set(everyone)) == len(everyone)
@@ -260,6 +261,17 @@ def test_ranges_one_after_the_other(rng: np.random.Generator) -> None:
 # edges
 
 
+def similarities_of(lists: NeighbourLists, row: int) -> np.ndarray:
+    return lists.similarities_M[lists.starts_R[row] : lists.starts_R[row + 1]]
+
+
+def listing(columns: list[np.ndarray]) -> NeighbourLists:
+    """Lists of which only the columns matter."""
+    starts = np.cumsum([0] + [len(c) for c in columns])
+    found = np.concatenate(columns).astype(np.int32)
+    return NeighbourLists(starts, found, np.zeros(len(found), np.float32), np.zeros(len(columns), np.float32))
+
+
 def lists_of(pairs: dict[tuple[int, int], float], rows: int, first_row: int) -> NeighbourLists:
     ordered = [sorted((c, s) for (r, c), s in pairs.items() if r == first_row + row) for row in range(rows)]
     starts = np.cumsum([0] + [len(o) for o in ordered])
@@ -331,8 +343,9 @@ def test_lists_from_an_index_double_up_to_the_limit(rng: np.random.Generator) ->
     lengths = []
     for _ in range(3):
         rows = np.array(list(known))
-        columns, values, bounds = source.further(rows, list(known.values()), np.full(3, -99.0))
-        for row, new, found, bound in zip(rows, columns, values, bounds, strict=True):
+        further = source.further(rows, listing(list(known.values())), np.full(3, -99.0))
+        for i, (row, bound) in enumerate(zip(rows, further.bound_R, strict=True)):
+            new, found = further.columns_of(i), similarities_of(further, i)
             np.testing.assert_allclose(found, matrix[row, new], rtol=1e-6)
             known[int(row)] = np.concatenate([known[int(row)], new])
             everyone = known[int(row)].tolist()
@@ -353,11 +366,13 @@ def test_rows_of_a_range_and_of_different_lengths_grow_together(rng: np.random.G
     index = NeighbourIndex(vectors.numpy())
     source = IndexNeighbours(VectorSimilarities(vectors), index.search, 30, 8)
     rows, known = np.array([0, 5, 9]), [np.array([1], np.int32), np.array([2, 3, 4], np.int32), np.arange(8)]
-    columns, values, bounds = source.further(rows, [k.astype(np.int32) for k in known], np.zeros(3))
+    further = source.further(rows, listing(known), np.zeros(3))
+    columns = [further.columns_of(i) for i in range(3)]
+    values = [similarities_of(further, i) for i in range(3)]
     # 2, 6 and 8 entries are wanted: the nearest so many that are not listed yet, the last has enough
     assert len(columns[2]) == 0
     assert source.stopped == 1
-    assert np.isneginf(bounds[2])
+    assert np.isneginf(further.bound_R[2])
     for i, most in ((0, 2), (1, 6)):
         own = 30 + int(rows[i])
         assert own not in columns[i]
@@ -377,8 +392,50 @@ def test_an_index_that_has_nothing_more_ends_the_growth() -> None:
         return found, values
 
     source = IndexNeighbours(VectorSimilarities(vectors), search, 0, 5)
-    columns, values, bounds = source.further(
-        np.array([2]), [np.array([1, 3], dtype=np.int32)], np.array([-50.0])
-    )
-    assert [len(c) for c in columns] == [len(v) for v in values] == [0]
-    assert np.isneginf(bounds[0])
+    further = source.further(np.array([2]), listing([np.array([1, 3])]), np.array([-50.0]))
+    assert further.starts_R.tolist() == [0, 0]
+    assert len(further.columns_M) == len(further.similarities_M) == 0
+    assert np.isneginf(further.bound_R[0])
+
+
+def test_cells_in_order_change_no_list(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FLAT_LIMIT", 100)
+    vectors = rng.normal(size=(600, 3)).astype(np.float32)
+    index = NeighbourIndex(vectors, probes=97)
+    order = index.order()
+    assert order is not None
+    assert sorted(order.tolist()) == list(range(600))
+    _, cells = index.index.quantizer.search(vectors[order], 1)
+    assert (np.diff(cells[:, 0]) >= 0).all()
+    lists = nearest_lists(vectors, index, slice(100, 400), 5)
+    matrix = exact(torch.from_numpy(vectors))[100:400]
+    assert lists.columns_M.reshape(300, 5).tolist() == np.argsort(-matrix, axis=1)[:, :5].tolist()
+    assert lists.order_R is not None
+    assert sorted(lists.order_R.tolist()) == list(range(300))
+    assert (np.diff(cells[:, 0][np.argsort(order)][100:400][lists.order_R]) >= 0).all()
+
+
+def test_rows_in_any_order_give_the_same_messages(rng: np.random.Generator) -> None:
+    vectors = vectors_of(rng, "normal")
+    found = []
+    for order in (None, rng.permutation(70)):
+        similarities = VectorSimilarities(vectors)
+        source = ExactNeighbours(similarities)
+        lists = source.lists(70, 3)
+        lists.order_R = order
+        messages = ListMessages(lists, 70, 0, np.full(70, -6.0), 0.5, source=source)
+        beliefs = [messages.round() for _ in range(40)]
+        assert messages.grown > 0
+        found.append((np.stack(beliefs), pairs_of(lists, 0)))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-9, atol=1e-9)
+    assert found[0][1] == found[1][1]
+
+
+def test_measured_pairs_are_exact(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    vectors = vectors_of(rng, "normal")
+    lists = ExactNeighbours(VectorSimilarities(vectors), 20).lists(33, 5)
+    wanted = lists.similarities_M.copy()
+    lists.similarities_M[:] = 0.0
+    monkeypatch.setattr(module, "row_blocks", lambda rows, width: row_blocks(rows, width, 7 * width))
+    measure(lists, VectorSimilarities(vectors), 20)
+    assert lists.similarities_M.tolist() == wanted.tolist()
