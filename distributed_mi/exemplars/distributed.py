@@ -17,10 +17,10 @@ import json
 import logging
 import os
 import resource
-import socket
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from torch import Tensor
 
 from distributed_mi.core.errors import StageError
-from distributed_mi.exemplars.lists import ListMessages, NeighbourLists
+from distributed_mi.exemplars.lists import OF_ALL_USERS, ListMessages, NeighbourLists
 from distributed_mi.exemplars.messages import DenseMessages, Messages
 from distributed_mi.exemplars.neighbours import (
     FIRST_LENGTH,
@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["dense", "lists", "sparse"]
 
-PEER_TIMEOUT_S = 300.0
+PEER_TIMEOUT = timedelta(seconds=300)
 """Longest wait of an actor for the others' column sums."""
 
 DEATH_NOTICED_S = 2.0
@@ -96,24 +96,24 @@ class _RowBlock:
         """Whether it lives: the process id."""
         return os.getpid()
 
-    def address(self) -> str:
-        """Where the others meet this actor, for rank 0."""
-        with socket.socket() as free:
-            free.bind(("", 0))
-            return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+    def open_store(self) -> tuple[str, int]:
+        """Where the others meet this actor, for rank 0: host and port, which is bound from now on."""
+        host = ray.util.get_node_ip_address()
+        self._store = torch.distributed.TCPStore(
+            host, 0, len(self._bounds) - 1, is_master=True, wait_for_workers=False, timeout=PEER_TIMEOUT
+        )
+        return host, self._store.port
 
-    def join(self, address: str) -> None:
+    def join(self, host: str, port: int) -> None:
         """Meet the others; collective."""
-        from datetime import timedelta
-
-        if len(self._bounds) > 2:
-            torch.distributed.init_process_group(
-                "gloo",
-                init_method=address,
-                rank=self._rank,
-                world_size=len(self._bounds) - 1,
-                timeout=timedelta(seconds=PEER_TIMEOUT_S),
-            )
+        count = len(self._bounds) - 1
+        if count == 1:
+            return
+        if self._rank > 0:
+            self._store = torch.distributed.TCPStore(host, port, count, is_master=False, timeout=PEER_TIMEOUT)
+        torch.distributed.init_process_group(
+            "gloo", store=self._store, rank=self._rank, world_size=count, timeout=PEER_TIMEOUT
+        )
 
     def _sum(self, sums_U: np.ndarray) -> np.ndarray:
         if len(self._bounds) > 2:
@@ -135,6 +135,15 @@ class _RowBlock:
                 self._lists, users, self._low, own, damping, self._sum, source=self._source
             )
         return self.pairs()
+
+    def begin_from(self, summary: dict[str, np.ndarray]) -> None:
+        """Begin near the messages of an earlier run over other lists; whole rows begin from nothing."""
+        if isinstance(self._messages, ListMessages):
+            self._messages.begin_from(summary)
+
+    def summary(self) -> dict[str, np.ndarray] | None:
+        """As `ListMessages.summary`, of the own rows; None for whole rows."""
+        return self._messages.summary() if isinstance(self._messages, ListMessages) else None
 
     def _rows(self) -> np.ndarray:
         """Similarities of the own rows; kept between runs, their diagonal is scratch."""
@@ -238,10 +247,17 @@ class RemoteMessages(Messages):
         problem: starts actors.
         preferences_U: self-similarities.
         damping: weight of the previous message.
+        warm: what to begin from instead of nothing; see `ListMessages.begin_from`.
     """
 
-    def __init__(self, problem: "DistributedProblem", preferences_U: np.ndarray, damping: float) -> None:
-        self._problem, self.damping = problem, damping
+    def __init__(
+        self,
+        problem: "DistributedProblem",
+        preferences_U: np.ndarray,
+        damping: float,
+        warm: dict[str, np.ndarray] | None = None,
+    ) -> None:
+        self._problem, self.damping, self._warm = problem, damping, warm
         self.users = self.rows = len(preferences_U)
         self.first_row = 0
         self.rounds = 0
@@ -252,6 +268,8 @@ class RemoteMessages(Messages):
         if problem.blocks.checkpoint_dir is not None:
             self._folder = Path(problem.blocks.checkpoint_dir) / f"damping-{damping:g}"
         self.call("begin", ray.put(preferences_U), damping)
+        if warm is not None:
+            self.call("begin_from", ray.put(warm))
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
         """Call a method of all actors; after a death, of those that went on in their place.
@@ -311,6 +329,8 @@ class RemoteMessages(Messages):
         """New actors where some have died, brought to where the others were."""
         self._problem.restart(error)
         self._problem.call("begin", ray.put(self._events[0][1]), self.damping)
+        if self._warm is not None:
+            self._problem.call("begin_from", ray.put(self._warm))
         done = 0
         if self._saved:
             assert self._folder is not None
@@ -325,6 +345,16 @@ class RemoteMessages(Messages):
                     self._problem.call("set_preferences", ray.put(preferences_U))
             if number < self.rounds:
                 self._problem.call("round")
+
+    def summary(self) -> dict[str, np.ndarray] | None:
+        """As `ListMessages.summary`, of all users."""
+        parts = self.call("summary")
+        if parts[0] is None:
+            return None
+        return {
+            name: value if name in OF_ALL_USERS else np.concatenate([p[name] for p in parts])
+            for name, value in parts[0].items()
+        }
 
     def clear(self) -> None:
         """Remove the checkpoints."""
@@ -358,8 +388,20 @@ class DistributedProblem(Problem):
         """Actors' deaths so far."""
         self.peak_bytes: list[int] = []
         """Largest resident size of each actor, known once closed."""
-        self._pairs = 0
-        self._start()
+        death: RayActorError | None = None
+        try:
+            while True:
+                try:
+                    if death is None:
+                        self._start()
+                    else:
+                        self.restart(death)
+                    break
+                except RayActorError as error:
+                    death = error
+        except BaseException:
+            self._kill()
+            raise
 
     def _start(self) -> None:
         options = {"num_cpus": self.blocks.cpus_per_actor, "max_restarts": 0, "max_task_retries": 0}
@@ -368,8 +410,8 @@ class DistributedProblem(Problem):
             actor.remote(self.blocks, rank, self._bounds, self._vectors)
             for rank in range(len(self._bounds) - 1)
         ]
-        address = ray.get(self.actors[0].address.remote())
-        self.call("join", address)
+        host, port = ray.get(self.actors[0].open_store.remote())
+        self.call("join", host, port)
         if self.blocks.kind == "sparse":
             self._build_graph()
 
@@ -392,7 +434,7 @@ class DistributedProblem(Problem):
         values: list[Any] = [None] * len(waiting)
         failure: RayError | None = None
         while waiting:
-            done, _ = ray.wait(list(waiting), num_returns=1, timeout=2 * PEER_TIMEOUT_S)
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=2 * PEER_TIMEOUT.total_seconds())
             if not done:
                 raise failure or GetTimeoutError(
                     f"exemplars: {len(waiting)} actors do not answer to {method}"
@@ -414,7 +456,7 @@ class DistributedProblem(Problem):
         """Actors that do not live any more, after an error of a call."""
         pings = {a.ping.remote(): rank for rank, a in enumerate(self.actors)}
         # a living actor may hang in an all-reduce with the dead one, and then answers no ping
-        patience = DEATH_NOTICED_S if isinstance(error, RayActorError) else PEER_TIMEOUT_S
+        patience = DEATH_NOTICED_S if isinstance(error, RayActorError) else PEER_TIMEOUT.total_seconds()
         answered, _ = ray.wait(list(pings), num_returns=len(pings), timeout=patience)
         found = []
         for answer in answered:
@@ -441,11 +483,16 @@ class DistributedProblem(Problem):
         self._start()
 
     def messages(self, preferences_U: np.ndarray, damping: float, warm: Warm | None = None) -> Messages:
-        """As in `Problem`. A warm start only keeps the lists."""
+        """As in `Problem`. From `Messages` of an earlier run it only keeps the lists; a summary it begins from."""
         if isinstance(self.last, RemoteMessages):
             self.last.clear()
-        self.last = RemoteMessages(self, preferences_U, damping)
+        self.last = RemoteMessages(self, preferences_U, damping, warm if isinstance(warm, dict) else None)
         return self.last
+
+    @property
+    def summary(self) -> dict[str, np.ndarray] | None:
+        """As in `Problem`."""
+        return self.last.summary() if isinstance(self.last, RemoteMessages) else None
 
     @property
     def pairs(self) -> int:

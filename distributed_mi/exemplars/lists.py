@@ -32,6 +32,10 @@ ENTRY_BYTES = 16
 """One listed pair: int32 column, float32 similarity and both messages."""
 
 
+OF_ALL_USERS = ("column_sum", "background")
+"""Parts of `ListMessages.summary` that have one number for every user, whatever range the messages are of."""
+
+
 class ListsTooLongError(RuntimeError):
     """The lists would hold more entries than `max_entries`."""
 
@@ -230,7 +234,7 @@ class ListMessages(Messages):
         self.weight_R = other.weight_R.copy()
 
     def summary(self) -> dict[str, np.ndarray]:
-        """What is left of the messages without the pairs: six numbers a user, float64, of a range that is all users."""
+        """What is left of the messages without the pairs: float64, a number for every user (`OF_ALL_USERS`) or row."""
         return {
             "column_sum": self.column_sums_U,
             "background": self.background_U,
@@ -244,12 +248,16 @@ class ListMessages(Messages):
         """Begin near the messages of other lists, perhaps of other users: the pairs' messages follow from the numbers.
 
         Exact for pairs that were never a row's largest; the others are put right by the first rounds.
+
+        Args:
+            summary: of all users.
         """
         self.column_sums_U = summary["column_sum"].copy()
         self.background_U = summary["background"].copy()
-        self.self_responsibility_R = summary["self_responsibility"].copy()
-        self.self_availability_R = summary["self_availability"].copy()
-        self.reach_mean_R, self.weight_R = summary["reach_mean"].copy(), summary["weight"].copy()
+        self.self_responsibility_R = summary["self_responsibility"][self.own].copy()
+        self.self_availability_R = summary["self_availability"][self.own].copy()
+        self.reach_mean_R = summary["reach_mean"][self.own].copy()
+        self.weight_R = summary["weight"][self.own].copy()
         lengths = np.diff(self.lists.starts_R)
         messages = np.repeat(self.weight_R, lengths) * self.lists.similarities_M
         messages -= np.repeat(self.reach_mean_R, lengths)

@@ -6,7 +6,7 @@ Shapes:  U users.
 import logging
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -93,12 +93,15 @@ def preference_for_share(
     max_steps: int = 24,
     damping: float = 0.7,
     max_iter: int = 60,
+    confirm_iter: int = 200,
     on_step: Callable[[int, float, float], None] | None = None,
 ) -> tuple[float, list[tuple[float, float]]]:
     """The preference that makes a wanted share of the users exemplars, by bisection of its logarithm.
 
-    Each step goes on from the messages of the one before (a warm start), so that it needs few rounds. The share falls
-    with the preference, though not at every small step; the search stops within `tolerance` of the share.
+    Each step goes on from the messages of the one before (a warm start), so that it needs few rounds. What such a step
+    finds may not be what a run of its own would: where one comes within `tolerance` of the share, a run from the
+    beginning has to confirm it, or else the search goes on from what that run found. The share falls with the
+    preference, though not at every small step.
 
     Args:
         problem: similarities and where their messages are kept.
@@ -107,10 +110,12 @@ def preference_for_share(
         max_steps: steps of widening and bisection.
         damping: of the search; higher than a final run needs, because preferences jump.
         max_iter: rounds of a step.
+        confirm_iter: rounds of a run that confirms.
         on_step: told about each step: its number, the preference, the share found.
 
     Returns:
-        The preference, and all (preference, share) that were tried.
+        The preference, and all (preference, share) that were tried. It is the best of those that were confirmed, of
+        all only where none was.
 
     Raises:
         ValueError: `share` out of range.
@@ -124,23 +129,34 @@ def preference_for_share(
     tried: list[tuple[float, float]] = []
     low, high = -math.inf, math.inf  # log of -preference: too many exemplars at `low`, too few at `high`
     point = math.log(typical_distance(problem.similarities))
-    messages = None
-    for step in range(1, max_steps + 1):
-        preference = -math.exp(point)
+    confirmed: set[float] = set()
+    messages: Any = None
+
+    def near(count: int) -> bool:
+        return abs(count - wanted) <= tolerance * wanted or count == round(wanted)
+
+    def count_at(preference: float, *, cold: bool) -> int:
         result = settle(
             problem,
             torch.full((users,), preference, dtype=torch.float64, device=problem.similarities.device),
             damping=damping,
-            max_iter=max_iter,
-            convergence_iter=6,
-            warm=messages,
+            max_iter=confirm_iter if cold else max_iter,
+            convergence_iter=15 if cold else 6,
+            warm=None if cold else messages,
         )
+        return len(result.exemplars_E)
+
+    for step in range(1, max_steps + 1):
+        preference = -math.exp(point)
+        count = count_at(preference, cold=False)
+        if near(count):
+            count = count_at(preference, cold=True)
+            confirmed.add(preference)
         messages = problem.last
-        count = len(result.exemplars_E)
         tried.append((preference, count / users))
         if on_step:
             on_step(step, preference, count / users)
-        if abs(count - wanted) <= tolerance * wanted or count == round(wanted):
+        if near(count):
             break
         if count > wanted:
             low = point
@@ -154,7 +170,8 @@ def preference_for_share(
             point = (low + high) / 2
         if high - low < 1e-3:
             break
-    best = min(tried, key=lambda t: abs(math.log(t[1] * users / wanted)))
+    choice = [t for t in tried if t[0] in confirmed] or tried
+    best = min(choice, key=lambda t: abs(math.log(t[1] * users / wanted)))
     logger.info(
         "preference %.6g gives %.2f%% exemplars, %.2f%% are wanted", best[0], 100 * best[1], 100 * share
     )

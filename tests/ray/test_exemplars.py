@@ -332,6 +332,62 @@ def test_too_many_deaths_end_the_run(vectors: torch.Tensor, max_restarts: int) -
         assert problem.deaths == max_restarts + 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("max_restarts", [0, 1])
+def test_an_actor_may_die_before_it_has_met_the_others(
+    vectors: torch.Tensor,
+    alone: Callable[[Kind], AffinityResult],
+    max_restarts: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call, met = DistributedProblem.call, []
+
+    def dying(problem: DistributedProblem, method: str, *arguments: Any) -> list[Any]:
+        if method == "join":
+            if not met:
+                kill(problem.actors[1])
+            met.append(method)
+        return call(problem, method, *arguments)
+
+    monkeypatch.setattr(DistributedProblem, "call", dying)
+    if max_restarts == 0:
+        with pytest.raises(StageError, match="at most 0 are put up with"):
+            DistributedProblem(vectors, blocks("lists", max_restarts=0))
+        return
+    with DistributedProblem(vectors, blocks("lists", max_restarts=max_restarts)) as problem:
+        assert problem.deaths == 1
+        assert_same(solve(problem), alone("lists"))
+    assert len(met) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("die", [False, True])
+def test_the_next_day_begins_from_a_summary(
+    vectors: torch.Tensor, alone: Callable[[Kind], AffinityResult], die: bool
+) -> None:
+    """Also after a death without a checkpoint, from which all rounds are done again."""
+    wanted = alone("lists")
+    with DistributedProblem(vectors, blocks("lists", num_actors=3)) as problem:
+        first = solve(problem)
+        summary = problem.summary
+    assert summary is not None
+    assert {len(v) for v in summary.values()} == {USERS}
+    with DistributedProblem(vectors, blocks("lists")) as problem:
+        on_round = kill_after(problem, 3) if die else None
+        again = settle(
+            problem,
+            torch.full((USERS,), PREFERENCE, dtype=torch.float64),
+            damping=0.6,
+            warm=summary,
+            on_round=on_round,
+        )
+        assert problem.deaths == int(die)
+    assert again.exemplars_E.tolist() == wanted.exemplars_E.tolist()
+    assert again.labels_U.tolist() == wanted.labels_U.tolist()
+    assert again.converged
+    assert again.rounds < first.rounds
+
+
 def test_an_error_that_is_no_death_is_raised_as_it_is(
     vectors: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,16 +2,23 @@
 
 A backend answers prompts. It knows neither Ray, nor retries, nor where answers are stored: `ladder.py` retries,
 `pool.py` places and replaces, `work.py` stores.
+
+Requests stream: `submit` hands one in, `collect` gives what is answered by now, in any order. An engine that batches
+continuously so never waits for the slowest answer of a batch. A backend that answers a batch at a time only writes
+`generate`.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from distributed_mi.core.config import ConfigModel
-from distributed_mi.core.errors import DistributedMIError
+from distributed_mi.core.errors import DistributedMIError, StageError
 from distributed_mi.interests.history import Exemplar, HistoryItem
+
+logger = logging.getLogger(__name__)
 
 
 class BackendDeadError(DistributedMIError):
@@ -46,6 +53,8 @@ class Response:
     text: str = ""
     num_prompt_tokens: int = 0
     num_answer_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that the backend did not have to read again (prefix cache)."""
     finish_reason: Literal["stop", "length", "error"] = "stop"
     error: str | None = None
 
@@ -79,16 +88,74 @@ class Backend(ABC):
     def __init__(self, config: Any, context: BackendContext) -> None:
         self.config = config
         self.context = context
+        self._held: list[Request] = []
+
+    @classmethod
+    @abstractmethod
+    def model_of(cls, config: Any) -> str:
+        """Name and version of what answers, as stored beside every answer. Known without loading it."""
+
+    @classmethod
+    def identity_of(cls, config: Any) -> dict[str, Any]:
+        """What decides an answer besides prompt and schema: model, its files, sampling. Goes into the prompt hash."""
+        return {
+            "backend": cls.__name__,
+            "model": cls.model_of(config),
+            "config": config.result_fields(),
+            "files": cls.fingerprint(config),
+        }
 
     @property
-    @abstractmethod
     def model_id(self) -> str:
-        """Name and version of what answers, as stored beside every answer."""
+        """`model_of` this backend's configuration."""
+        return self.model_of(self.config)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides an answer besides prompt and schema: model, revision, sampling. Goes into the prompt hash."""
-        return {"backend": type(self).__name__, "model": self.model_id, "config": self.config.result_fields()}
+        """`identity_of` this backend's configuration."""
+        return self.identity_of(self.config)
+
+    @property
+    def window(self) -> int:
+        """Requests that it should hold at a time so that it never idles."""
+        return 64
+
+    def submit(self, request: Request) -> None:
+        """Take in one request; it may be worked on at once. No other request of the same user is held."""
+        self._held.append(request)
+
+    def collect(self) -> list[Response]:
+        """Wait until at least one request that is held is answered, and give up all that are; [] when none is held.
+
+        What the backend cannot answer gets a `Response` with `error`; no exception concerns a single request.
+
+        Raises:
+            BackendDeadError: nothing more can be answered by this instance; what is held is lost.
+        """
+        held, self._held = self._held, []
+        return self._answer_or_halve(held) if held else []
+
+    def _answer_or_halve(self, requests: Sequence[Request]) -> list[Response]:
+        """`generate`; after an exception each half, so that one bad prompt fails alone."""
+        try:
+            responses = self.generate(requests)
+        except BackendDeadError:
+            raise
+        except Exception as error:
+            name = type(self).__name__
+            if len(requests) == 1:
+                user = requests[0].user_index
+                logger.warning("%s failed on user %d: %r", name, user, error)
+                return [Response(user, finish_reason="error", error=repr(error))]
+            logger.warning("%s failed on %d prompts, halving: %r", name, len(requests), error)
+            middle = len(requests) // 2
+            return self._answer_or_halve(requests[:middle]) + self._answer_or_halve(requests[middle:])
+        if [r.user_index for r in responses] != [r.user_index for r in requests]:
+            raise StageError(
+                f"{type(self).__name__} did not answer each of {len(requests)} requests exactly once and in order "
+                f"({len(responses)} responses). This is an error in the backend."
+            )
+        return responses
 
     @abstractmethod
     def generate(self, requests: Sequence[Request]) -> list[Response]:

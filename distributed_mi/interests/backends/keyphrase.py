@@ -97,8 +97,8 @@ class KeyphraseBackend(Backend):
         super().__init__(config, context)
         self._frequencies = DocumentFrequencies(context.catalogue)
 
-    @property
-    def model_id(self) -> str:
+    @classmethod
+    def model_of(cls, config: Config) -> str:
         """The method and its version."""
         return "keyphrase-2"
 

@@ -85,7 +85,7 @@ class VllmBackend(Backend):
             os.environ.setdefault(name, value)
         try:
             from vllm import LLM, SamplingParams
-            from vllm.sampling_params import StructuredOutputsParams
+            from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
         except ImportError as error:
             raise MissingDependencyError(
                 f"backend vllm needs the library vllm ({error}). Install distributed_mi[llm-gpu], or "
@@ -95,7 +95,8 @@ class VllmBackend(Backend):
         if config.gpus_per_engine:
             on_gpu["gpu_memory_utilization"] = config.gpu_memory_fraction
         self._sampling_class, self._structured_class = SamplingParams, StructuredOutputsParams
-        self._llm = LLM(
+        self._final_only = RequestOutputKind.FINAL_ONLY
+        llm = LLM(
             config.model,
             revision=config.revision,
             tokenizer_revision=config.revision,
@@ -113,50 +114,79 @@ class VllmBackend(Backend):
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             **on_gpu,
         )
-        self._tokenizer: Any = self._llm.get_tokenizer()
+        self._tokenizer: Any = llm.get_tokenizer()
+        # `LLM.generate` waits for the whole batch; its engine takes and gives single prompts
+        self._engine: Any = llm.llm_engine
+        self._users: set[int] = set()
+        self._refused: list[Response] = []
+
+    @classmethod
+    def model_of(cls, config: Config) -> str:
+        """Model and revision."""
+        return f"{config.model}@{config.revision}" if config.revision else config.model
 
     @property
-    def model_id(self) -> str:
-        """Model and revision."""
-        return f"{self.config.model}@{self.config.revision}" if self.config.revision else self.config.model
+    def window(self) -> int:
+        """Two batches: one that is worked on, one from which finished sequences are replaced at once."""
+        return 2 * self.config.max_num_seqs
 
-    def generate(self, requests: Sequence[Request]) -> list[Response]:
-        """Answer in one batch; a prompt that leaves no room for its answer gets an error of its own."""
-        prompts = [self._tokens(r.prompt) for r in requests]
-        errors = [self._too_long(p, r) for p, r in zip(prompts, requests, strict=True)]
-        fitting = [i for i, e in enumerate(errors) if e is None]
-        responses = [
-            Response(r.user_index, num_prompt_tokens=len(p), finish_reason="error", error=e)
-            for r, p, e in zip(requests, prompts, errors, strict=True)
-        ]
-        if fitting:
-            outputs = self._run([prompts[i] for i in fitting], [requests[i] for i in fitting])
-            for i, output in zip(fitting, outputs, strict=True):
-                responses[i] = self._response(requests[i], output)
+    def submit(self, request: Request) -> None:
+        """Hand one prompt to the engine; one that leaves no room for its answer gets an error of its own."""
+        prompt = self._tokens(request.prompt)
+        error = self._too_long(prompt, request)
+        if error is None:
+            try:
+                self._engine.add_request(
+                    str(request.user_index),
+                    {"prompt_token_ids": prompt},
+                    self._sampling(request.max_answer_tokens),
+                )
+            except ValueError as refused:  # of the prompt or its parameters; the engine has not taken it in
+                error = str(refused)
+        if error is not None:
+            response = Response(
+                request.user_index, num_prompt_tokens=len(prompt), finish_reason="error", error=error
+            )
+            self._refused.append(response)
+            return
+        self._users.add(request.user_index)
+
+    def collect(self) -> list[Response]:
+        """Steps of the engine until a prompt is answered."""
+        refused, self._refused = self._refused, []
+        responses = refused
+        while self._users and not responses:
+            responses = self._step()
         return responses
 
-    def _run(self, prompts: list[list[int]], requests: Sequence[Request]) -> list[Any]:
-        from vllm.v1.engine.exceptions import EngineDeadError
-
-        inputs: list[Any] = [{"prompt_token_ids": p} for p in prompts]
+    def _step(self) -> list[Response]:
         try:
-            return self._llm.generate(
-                inputs,
-                [self._sampling(r.max_answer_tokens) for r in requests],
-                use_tqdm=False,
-            )
-        except EngineDeadError as error:
-            raise BackendDeadError(f"vLLM engine died: {error}") from error
-        except Exception as error:
-            if self._llm.llm_engine.has_unfinished_requests():
-                raise BackendDeadError(f"vLLM engine stopped amid a batch: {error!r}") from error
-            raise
+            outputs = self._engine.step()
+        except (
+            Exception
+        ) as error:  # the engine's state is unknown: its sequences cannot be told from lost ones
+            raise BackendDeadError(f"the vLLM engine stopped: {error!r}") from error
+        responses = [self._response(int(o.request_id), o) for o in outputs if o.finished]
+        self._users -= {r.user_index for r in responses}
+        if not responses and not self._engine.has_unfinished_requests():
+            raise BackendDeadError(f"the vLLM engine lost {len(self._users)} prompts")
+        return responses
+
+    def generate(self, requests: Sequence[Request]) -> list[Response]:
+        """Answer a batch and wait for all of it."""
+        for request in requests:
+            self.submit(request)
+        found: dict[int, Response] = {}
+        while len(found) < len(requests):
+            found.update((r.user_index, r) for r in self.collect())
+        return [found[r.user_index] for r in requests]
 
     def _sampling(self, max_tokens: int) -> Any:
         return self._sampling_class(
             temperature=self.config.temperature,
             top_p=self.config.top_p,
             max_tokens=max_tokens,
+            output_kind=self._final_only,
             structured_outputs=self._structured_class(json=self.context.answer_schema),
         )
 
@@ -185,13 +215,14 @@ class VllmBackend(Backend):
             f"max_model_len {self.config.max_model_len}"
         )
 
-    def _response(self, request: Request, output: Any) -> Response:
+    def _response(self, user_index: int, output: Any) -> Response:
         answer = output.outputs[0]
         return Response(
-            request.user_index,
+            user_index,
             text=answer.text,
             num_prompt_tokens=len(output.prompt_token_ids),
             num_answer_tokens=len(answer.token_ids),
+            num_cached_tokens=int(output.num_cached_tokens or 0),
             finish_reason="length" if answer.finish_reason == "length" else "stop",
         )
 

@@ -65,8 +65,8 @@ class ScriptedBackend(Backend):
         super().__init__(config, context)
         self.calls = []
 
-    @property
-    def model_id(self) -> str:
+    @classmethod
+    def model_of(cls, config: Config) -> str:
         return "scripted-1"
 
     def generate(self, requests: Sequence[Request]) -> list[Response]:
