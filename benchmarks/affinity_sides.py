@@ -154,7 +154,8 @@ def _sparse(job: Job) -> Run:
         messages = time.perf_counter() - started - graph
         outcome = _found(result, seconds_graph=graph, seconds_messages=messages)
         assert problem.lists is not None
-        starts, columns = problem.lists.starts_R, problem.lists.columns_M
+        starts = problem.lists.starts_R
+        columns = problem.lists.columns_M[: problem.lists.entries]
         outcome.later = lambda: {
             "no_exemplar_listed": unlisted_share(starts, columns, result.exemplars_E.numpy())
         }

@@ -263,19 +263,33 @@ def take_lists(rows, starts_R, old_M, new_starts_N, new_M):
 
 
 @njit(nogil=True, cache=True)
-def lengthen_lists(starts_R, old_M, rows, added_starts_N, added_M, new_starts_R, new_M):
-    """Copies of all lists, with what was found for some rows (ascending) at the end of theirs."""
-    n = 0
-    for row in range(len(starts_R) - 1):
-        place = new_starts_R[row]
-        for e in range(starts_R[row], starts_R[row + 1]):
-            new_M[place] = old_M[e]
-            place += 1
-        if n < len(rows) and rows[n] == row:
+def lengthen_lists(starts_R, values_M, rows, added_starts_N, added_M, new_starts_R):
+    """Add what was found for some rows (ascending) at the end of their lists, in place.
+
+    Lists move from the last to the first, each behind where it was; those before the first row that grows stay.
+
+    Args:
+        starts_R: int64, where each row's entries begin.
+        values_M: the entries; has room for those added.
+        rows: int64 rows that grow.
+        added_starts_N: int64, where each one's new entries begin.
+        added_M: the new entries.
+        new_starts_R: int64, where each row's entries will begin.
+    """
+    n = len(rows) - 1
+    for row in range(len(starts_R) - 2, -1, -1):
+        shift = new_starts_R[row] - starts_R[row]
+        if n >= 0 and rows[n] == row:
+            place = new_starts_R[row + 1] - added_starts_N[n + 1]
             for e in range(added_starts_N[n], added_starts_N[n + 1]):
-                new_M[place] = added_M[e]
-                place += 1
-            n += 1
+                values_M[place + e] = added_M[e]
+            n -= 1
+        if shift == 0:
+            if n < 0:
+                return
+            continue
+        for e in range(starts_R[row + 1] - 1, starts_R[row] - 1, -1):
+            values_M[e + shift] = values_M[e]
 
 
 @njit(nogil=True, cache=True)

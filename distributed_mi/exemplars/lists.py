@@ -31,6 +31,9 @@ from distributed_mi.exemplars.messages import Messages, Reduce
 ENTRY_BYTES = 16
 """One listed pair: int32 column, float32 similarity and both messages."""
 
+_SPARE = 16
+"""When arrays are copied for lists to grow, this part of them is added as room for the next time."""
+
 
 OF_ALL_USERS = ("column_sum", "background")
 """Parts of `ListMessages.summary` that have one number for every user, whatever range the messages are of."""
@@ -63,14 +66,11 @@ class NeighbourLists:
     starts_R: np.ndarray
     """int64 `[R + 1]`."""
     columns_M: np.ndarray
-    """int32 `[M]`."""
+    """int32 `[M]`; longer, with anything behind the entries, when lists have grown."""
     similarities_M: np.ndarray
-    """float32 `[M]`."""
+    """float32 `[M]`; as long as the columns."""
     bound_R: np.ndarray
     """float32 `[R]`: no similarity outside of the list exceeds it; -inf for a row that lists everybody."""
-    order_R: np.ndarray | None = None
-    """int64 `[R]`: rows whose neighbours are much the same, one after the other; worked through in this order the
-    columns' sums stay in the cache. None: as they stand."""
 
     @property
     def rows(self) -> int:
@@ -167,10 +167,8 @@ class ListMessages(Messages):
         return sums_U, np.where(self._best_R == kernels.SELF, self._second_R, self._first_R)
 
     def _strip(self, low: int, high: int, bound_R: np.ndarray, short_R: np.ndarray) -> np.ndarray:
-        order = self.lists.order_R
-        rows = np.arange(low, high) if order is None else order[low:high]
-        sums_U = self._rows(rows, bound_R, age=True)
-        short_R[rows] = bound_R[rows] > self._second_R[rows]
+        sums_U = self._rows(np.arange(low, high), bound_R, age=True)
+        short_R[low:high] = bound_R[low:high] > self._second_R[low:high]
         return sums_U
 
     def _rows(self, rows: np.ndarray, bound_R: np.ndarray, *, age: bool) -> np.ndarray:
@@ -211,10 +209,13 @@ class ListMessages(Messages):
         messages -= np.repeat(self.reach_mean_R[rows], extra)
 
         def lengthen(values_M: np.ndarray, new: np.ndarray) -> np.ndarray:
-            longer = np.empty(total, dtype=values_M.dtype)
+            if len(values_M) < total:
+                longer = np.empty(total + total // _SPARE, dtype=values_M.dtype)
+                longer[: old.entries] = values_M[: old.entries]
+                values_M = longer
             new = new.astype(values_M.dtype, copy=False)
-            kernels.lengthen_lists(old.starts_R, values_M, rows, added.starts_R, new, starts_R, longer)
-            return longer
+            kernels.lengthen_lists(old.starts_R, values_M, rows, added.starts_R, new, starts_R)
+            return values_M
 
         self.responsibilities_M = lengthen(self.responsibilities_M, messages)
         self.availabilities_M = lengthen(self.availabilities_M, self.background_U[added.columns_M])
@@ -259,21 +260,23 @@ class ListMessages(Messages):
         self.reach_mean_R = summary["reach_mean"][self.own].copy()
         self.weight_R = summary["weight"][self.own].copy()
         lengths = np.diff(self.lists.starts_R)
-        messages = np.repeat(self.weight_R, lengths) * self.lists.similarities_M
+        entries = self.lists.entries
+        messages = np.repeat(self.weight_R, lengths) * self.lists.similarities_M[:entries]
         messages -= np.repeat(self.reach_mean_R, lengths)
-        sums = self.column_sums_U[self.lists.columns_M]
+        sums = self.column_sums_U[self.lists.columns_M[:entries]]
         self.responsibilities_M = messages.astype(np.float32)
         self.availabilities_M = np.minimum(sums - np.maximum(messages, 0.0), 0.0).astype(np.float32)
 
     def state(self) -> dict[str, np.ndarray]:
         """The lists and their messages."""
+        entries = self.lists.entries
         return super().state() | {
             "starts": self.lists.starts_R,
-            "columns": self.lists.columns_M,
-            "similarities": self.lists.similarities_M,
+            "columns": self.lists.columns_M[:entries],
+            "similarities": self.lists.similarities_M[:entries],
             "bound": self.lists.bound_R,
-            "responsibilities": self.responsibilities_M,
-            "availabilities": self.availabilities_M,
+            "responsibilities": self.responsibilities_M[:entries],
+            "availabilities": self.availabilities_M[:entries],
             "background": self.background_U,
             "reach_mean": self.reach_mean_R,
             "weight": self.weight_R,

@@ -201,9 +201,7 @@ def nearest_lists(
             on_rows(high - low)
     back = np.empty(len(order), dtype=np.int64)
     back[order - rows.start] = np.arange(len(order))
-    lists = concatenate(parts).take(back)
-    lists.order_R = order - rows.start
-    return lists
+    return concatenate(parts).take(back)
 
 
 def measure(lists: NeighbourLists, similarities: Similarities, first_row: int = 0) -> None:
@@ -219,8 +217,8 @@ def concatenate(parts: list[NeighbourLists]) -> NeighbourLists:
     ends = np.cumsum([0] + [p.entries for p in parts])
     return NeighbourLists(
         np.concatenate([p.starts_R[:-1] + end for p, end in zip(parts, ends, strict=False)] + [ends[-1:]]),
-        np.concatenate([p.columns_M for p in parts]),
-        np.concatenate([p.similarities_M for p in parts]),
+        np.concatenate([p.columns_M[: p.entries] for p in parts]),
+        np.concatenate([p.similarities_M[: p.entries] for p in parts]),
         np.concatenate([p.bound_R for p in parts]),
     )
 
@@ -228,7 +226,12 @@ def concatenate(parts: list[NeighbourLists]) -> NeighbourLists:
 def reverse_edges(lists: NeighbourLists, first_row: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The listed pairs the other way round: rows int64 and columns int32 among all users, similarities float32."""
     rows = np.repeat(np.arange(lists.rows) + first_row, np.diff(lists.starts_R))
-    return lists.columns_M.astype(np.int64), rows.astype(np.int32), lists.similarities_M
+    entries = slice(0, lists.entries)
+    return (
+        lists.columns_M[entries].astype(np.int64),
+        rows.astype(np.int32),
+        lists.similarities_M[entries],
+    )
 
 
 def with_edges(
@@ -247,7 +250,7 @@ def with_edges(
     other_starts = np.concatenate([[0], np.cumsum(counts)])
     others, other_values = np.empty(len(rows), dtype=np.int32), np.empty(len(rows), dtype=np.float32)
     kernels.sort_by_row(rows, first_row, columns, values, other_starts[:-1].copy(), others, other_values)
-    users = 1 + max(int(lists.columns_M.max(initial=-1)), int(others.max(initial=-1)))
+    users = 1 + max(int(lists.columns_M[: lists.entries].max(initial=-1)), int(others.max(initial=-1)))
     starts = np.empty_like(lists.starts_R)
     joined = np.empty(lists.entries + len(rows), dtype=np.int32)
     similarities = np.empty(len(joined), dtype=np.float32)
@@ -264,9 +267,7 @@ def with_edges(
         similarities,
     )
     end = int(starts[-1])
-    return NeighbourLists(
-        starts, joined[:end].copy(), similarities[:end].copy(), lists.bound_R, lists.order_R
-    )
+    return NeighbourLists(starts, joined[:end].copy(), similarities[:end].copy(), lists.bound_R)
 
 
 class IndexNeighbours:

@@ -297,7 +297,7 @@ class SparseProblem(Problem):
         measure(lists, self.similarities)
         self.lists = lists
         self._source = (
-            IndexNeighbours(self.similarities, index.search, 0, self.most, lists.order_R)
+            IndexNeighbours(self.similarities, index.search, 0, self.most, index.order())
             if self.most > neighbours
             else None
         )

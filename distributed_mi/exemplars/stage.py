@@ -285,7 +285,7 @@ def _without_listed_exemplar(problem: "Problem", result: "AffinityResult") -> in
         return 0
     listed = np.zeros(problem.similarities.users, dtype=bool)
     listed[result.exemplars_E.numpy()] = True
-    sums = np.concatenate([[0], np.cumsum(listed[lists.columns_M])])
+    sums = np.concatenate([[0], np.cumsum(listed[lists.columns_M[: lists.entries]])])
     found = sums[lists.starts_R[1:]] > sums[lists.starts_R[:-1]]
     return int((~found & ~listed).sum())
 

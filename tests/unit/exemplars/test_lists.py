@@ -372,12 +372,13 @@ def test_lengthening_lists_of_some_rows(rng: np.random.Generator) -> None:
     longer = np.concatenate([[0], np.cumsum(counts + extra)])
     old = rng.normal(size=starts[-1]).astype(np.float32)
     new = rng.normal(size=added_starts[-1]).astype(np.float32)
-    found = np.full(longer[-1], np.nan, dtype=np.float32)
-    kernels.lengthen_lists(starts, old, rows, added_starts, new, longer, found)
+    found = np.concatenate([old, np.full(3 + added.sum(), np.nan, dtype=np.float32)])
+    kernels.lengthen_lists(starts, found, rows, added_starts, new, longer)
     parts = [old[a:b] for a, b in pairwise(starts)]
     for n, row in enumerate(rows):
         parts[row] = np.concatenate([parts[row], new[added_starts[n] : added_starts[n + 1]]])
-    np.testing.assert_array_equal(found, np.concatenate(parts))
+    np.testing.assert_array_equal(found[: longer[-1]], np.concatenate(parts))
+    assert np.isnan(found[-3:]).all()
 
 
 def test_a_belief_that_is_rounding_is_exactly_zero(rng: np.random.Generator) -> None:
