@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 Preference = float | Tensor | Literal["median"] | None
 
+_CLOSE = math.log(1.5)
+"""Warm steps end when the preference is known up to this factor."""
+
 _MEDIAN_ALL = 32_768
 """Up to so many users all similarities are looked at; above, those of so many users drawn at random."""
 
@@ -93,15 +96,14 @@ def preference_for_share(
     max_steps: int = 24,
     damping: float = 0.7,
     max_iter: int = 60,
-    confirm_iter: int = 200,
+    cold_iter: int = 200,
     on_step: Callable[[int, float, float], None] | None = None,
 ) -> tuple[float, list[tuple[float, float]]]:
     """The preference that makes a wanted share of the users exemplars, by bisection of its logarithm.
 
-    Each step goes on from the messages of the one before (a warm start), so that it needs few rounds. What such a step
-    finds may not be what a run of its own would: where one comes within `tolerance` of the share, a run from the
-    beginning has to confirm it, or else the search goes on from what that run found. The share falls with the
-    preference, though not at every small step.
+    First steps go on from the messages of the one before (a warm start), so that they need few rounds. What such a step
+    finds is near to what a run of its own would, but not the same. So when they have come close, runs from the
+    beginning take over the bisection, until one is within `tolerance` of the share.
 
     Args:
         problem: similarities and where their messages are kept.
@@ -109,13 +111,12 @@ def preference_for_share(
         tolerance: relative difference to the wanted share that will do.
         max_steps: steps of widening and bisection.
         damping: of the search; higher than a final run needs, because preferences jump.
-        max_iter: rounds of a step.
-        confirm_iter: rounds of a run that confirms.
+        max_iter: rounds of a warm step.
+        cold_iter: rounds of a run from the beginning.
         on_step: told about each step: its number, the preference, the share found.
 
     Returns:
-        The preference, and all (preference, share) that were tried. It is the best of those that were confirmed, of
-        all only where none was.
+        The preference, and all (preference, share) that were tried. It is the best of the runs from the beginning.
 
     Raises:
         ValueError: `share` out of range.
@@ -126,52 +127,56 @@ def preference_for_share(
         raise ValueError(f"share must be in (0, 1], got {share}")
     users = problem.similarities.users
     wanted = max(1.0, share * users)
+
+    def distance(step: tuple[float, float]) -> float:
+        return abs(math.log(step[1] * users / wanted))
+
     tried: list[tuple[float, float]] = []
-    low, high = -math.inf, math.inf  # log of -preference: too many exemplars at `low`, too few at `high`
-    point = math.log(typical_distance(problem.similarities))
-    confirmed: set[float] = set()
+    colds: list[tuple[float, float]] = []
     messages: Any = None
-
-    def near(count: int) -> bool:
-        return abs(count - wanted) <= tolerance * wanted or count == round(wanted)
-
-    def count_at(preference: float, *, cold: bool) -> int:
+    cold = False
+    low, high = -math.inf, math.inf  # log of -preference: too many exemplars at `low`, too few at `high`
+    point, stride = math.log(typical_distance(problem.similarities)), math.log(4.0)
+    for step in range(1, max_steps + 1):
+        cold = cold or step == max_steps
+        preference = -math.exp(point)
         result = settle(
             problem,
             torch.full((users,), preference, dtype=torch.float64, device=problem.similarities.device),
             damping=damping,
-            max_iter=confirm_iter if cold else max_iter,
+            max_iter=cold_iter if cold else max_iter,
             convergence_iter=15 if cold else 6,
             warm=None if cold else messages,
         )
-        return len(result.exemplars_E)
-
-    for step in range(1, max_steps + 1):
-        preference = -math.exp(point)
-        count = count_at(preference, cold=False)
-        if near(count):
-            count = count_at(preference, cold=True)
-            confirmed.add(preference)
         messages = problem.last
+        count = len(result.exemplars_E)
         tried.append((preference, count / users))
         if on_step:
             on_step(step, preference, count / users)
-        if near(count):
-            break
+        near = abs(count - wanted) <= tolerance * wanted or count == round(wanted)
+        if cold:
+            colds.append(tried[-1])
+            if near:
+                break
         if count > wanted:
             low = point
         else:
             high = point
-        if math.isinf(low):
-            point -= math.log(4.0)
-        elif math.isinf(high):
-            point += math.log(4.0)
-        else:
-            point = (low + high) / 2
+        if not cold and (near or high - low < _CLOSE):
+            cold, stride = True, _CLOSE / 4
+            low, high = -math.inf, math.inf
+            if not near:
+                point = math.log(-min(tried, key=distance)[0])
+            continue
         if high - low < 1e-3:
             break
-    choice = [t for t in tried if t[0] in confirmed] or tried
-    best = min(choice, key=lambda t: abs(math.log(t[1] * users / wanted)))
+        if math.isinf(low):
+            point, stride = point - stride, 2 * stride if cold else stride
+        elif math.isinf(high):
+            point, stride = point + stride, 2 * stride if cold else stride
+        else:
+            point = (low + high) / 2
+    best = min(colds, key=distance)
     logger.info(
         "preference %.6g gives %.2f%% exemplars, %.2f%% are wanted", best[0], 100 * best[1], 100 * share
     )

@@ -362,28 +362,21 @@ def test_an_actor_may_die_before_it_has_met_the_others(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("die", [False, True])
-def test_the_next_day_begins_from_a_summary(
-    vectors: torch.Tensor, alone: Callable[[Kind], AffinityResult], die: bool
-) -> None:
-    """Also after a death without a checkpoint, from which all rounds are done again."""
-    wanted = alone("lists")
+def test_the_next_day_begins_from_a_summary(vectors: torch.Tensor, die: bool) -> None:
+    """As in one process, also after a death without a checkpoint, from which all rounds are done again."""
+    preferences_U = torch.full((USERS,), PREFERENCE, dtype=torch.float64)
     with DistributedProblem(vectors, blocks("lists", num_actors=3)) as problem:
         first = solve(problem)
         summary = problem.summary
     assert summary is not None
     assert {len(v) for v in summary.values()} == {USERS}
+    with LocalProblem(vectors, solver="lists", length=NEIGHBOURS) as problem:
+        wanted = settle(problem, preferences_U, damping=0.6, warm=summary)
     with DistributedProblem(vectors, blocks("lists")) as problem:
         on_round = kill_after(problem, 3) if die else None
-        again = settle(
-            problem,
-            torch.full((USERS,), PREFERENCE, dtype=torch.float64),
-            damping=0.6,
-            warm=summary,
-            on_round=on_round,
-        )
+        again = settle(problem, preferences_U, damping=0.6, warm=summary, on_round=on_round)
         assert problem.deaths == int(die)
-    assert again.exemplars_E.tolist() == wanted.exemplars_E.tolist()
-    assert again.labels_U.tolist() == wanted.labels_U.tolist()
+    assert_same(again, wanted)
     assert again.converged
     assert again.rounds < first.rounds
 
