@@ -33,14 +33,16 @@ class Source:
         sequences = prepare.read(
             "sequences/train",
             "sequences",
-            columns=["user_index", "item_indices"],
+            columns=["user_index", "user_id", "item_indices"],
             filter=pc.field("user_index").isin(self.users),
         )
         items = {i.item_index: i for i in self.catalogue}
         self.exemplars: dict[int, Exemplar] = {}
         for row in sequences.to_pylist():
             user = row["user_index"]
-            self.exemplars[user] = build_exemplar(user, row["item_indices"], items, max_history)
+            self.exemplars[user] = build_exemplar(
+                user, row["item_indices"], items, max_history, row["user_id"]
+            )
         self._check()
 
     def _check(self) -> None:
@@ -62,5 +64,9 @@ def _history_item(row: Mapping[str, Any]) -> HistoryItem:
     title = (row["title"] or "").strip()
     categories = tuple(c for c in row["categories"] or () if c)
     return HistoryItem(
-        row["item_index"], title or f"item {row['item_id']}", categories, has_title=bool(title)
+        row["item_index"],
+        title or f"item {row['item_id']}",
+        categories,
+        has_title=bool(title),
+        item_id=row["item_id"],
     )
