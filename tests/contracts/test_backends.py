@@ -6,6 +6,8 @@ import json
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from distributed_mi.interests.backends.base import Backend, BackendContext, Requ
 from distributed_mi.interests.history import Exemplar, HistoryItem
 from distributed_mi.interests.parse import ParsedAnswer, parse_answer
 from distributed_mi.interests.prompts import render
+from tests.fake_openai import FakeOpenAI
 from tests.tiny_llm import write_tiny_llm
 from tests.unit.interests.fakes import SCRIPTED, InOtherProcess
 
@@ -28,36 +31,74 @@ MODEL = answer_model(
     max_item_index=NUM_ITEMS,
 )
 CATALOGUE = [
-    HistoryItem(i, f"{['jazz', 'noir'][i % 2]} item number {i}", ("Shop", ["Music", "Film"][i % 2]))
+    HistoryItem(
+        i,
+        f"{['jazz', 'noir'][i % 2]} item number {i}",
+        ("Shop", ["Music", "Film"][i % 2]),
+        item_id=f"B{i}",
+    )
     for i in range(1, NUM_ITEMS + 1)
 ]
 NAMES = sorted({*choices("backend"), SCRIPTED})
-NEEDS = {"vllm": ("vllm", {"max_model_len": 2048, "kv_cache_gib": 1})}
-"""Backend -> library that it needs, settings besides the model."""
+
+
+@contextmanager
+def tiny_model(folder: Path) -> Iterator[dict[str, Any]]:
+    """A model on disk, and the library that runs it."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vllm is not installed")
+    yield {"model": str(write_tiny_llm(folder)), "max_model_len": 2048, "kv_cache_gib": 1}
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[dict[str, Any]]:
+    """A server that gives good answers."""
+    with FakeOpenAI().running() as running:
+        yield {"model": "fake", "base_url": running.url, "api_key_env": ""}
+
+
+@contextmanager
+def file_of_answers(folder: Path) -> Iterator[dict[str, Any]]:
+    """A file with an answer for each user of `requests`, whose support is the first item of any history of theirs."""
+    path = folder / "answers.jsonl"
+    rows = [
+        {
+            "user_id": f"U{user}",
+            "interests": [{"text": f"interest of {user}", "item_ids": [first_item(user).item_id]}],
+        }
+        for user in range(5)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    yield {"path": str(path)}
+
+
+NEEDS = {"vllm": tiny_model, "openai_http": server, "precomputed": file_of_answers}
+"""Backend -> what it needs around it, as a context of a folder that gives settings."""
+
+
+def first_item(user: int) -> HistoryItem:
+    return CATALOGUE[user * 5 % NUM_ITEMS]
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def backend(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
-    library, settings = NEEDS.get(request.param, (None, {}))
     cls = resolve("backend", request.param)
-    if library is not None:
-        if importlib.util.find_spec(library) is None:
-            pytest.skip(f"{library} is not installed")
-        settings = {**settings, "model": str(write_tiny_llm(tmp_path_factory.mktemp("tiny-llm")))}
     context = BackendContext(json_schema(MODEL), MAX_INTERESTS, MAX_CHARS, CATALOGUE)
-    config = cls.Config(**settings)
-    if cls.in_process:
-        yield cls(config, context)
-        return
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        yield InOtherProcess(request.param, config, context, process)  # type: ignore[misc]
+    folder = tmp_path_factory.mktemp("backend")
+    with NEEDS[request.param](folder) if request.param in NEEDS else nullcontext({}) as settings:
+        config = cls.Config(**settings)
+        if cls.in_process:
+            yield cls(config, context)
+            return
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            yield InOtherProcess(request.param, config, context, process)  # type: ignore[misc]
 
 
 def requests(count: int, history: int = 6) -> list[Request]:
     made = []
     for user in range(count):
         items = tuple(CATALOGUE[(user * 5 + j) % NUM_ITEMS] for j in range(history))
-        exemplar = Exemplar(100 + user, items)
+        exemplar = Exemplar(100 + user, items, f"U{user}")
         prompt = render("paper", exemplar, max_interests=MAX_INTERESTS, max_title_chars=50)
         made.append(Request(exemplar, prompt, max_answer_tokens=400))
     return made
@@ -68,6 +109,22 @@ def test_every_request_is_answered_once_and_in_order(backend: Backend) -> None:
     assert [r.user_index for r in backend.generate(asked)] == [100, 101, 102, 103, 104]
     assert [r.user_index for r in backend.generate(asked[::-1])] == [104, 103, 102, 101, 100]
     assert backend.generate([]) == []
+
+
+def test_requests_stream_in_any_order_each_once(backend: Backend) -> None:
+    if not hasattr(backend, "submit"):
+        pytest.skip("held in another process, which offers generate alone")
+    assert backend.collect() == []
+    assert backend.window >= 1
+    for request in requests(5):
+        backend.submit(request)
+    found: list[int] = []
+    while len(found) < 5:
+        got = [r.user_index for r in backend.collect()]
+        assert got
+        found += got
+    assert sorted(found) == [100, 101, 102, 103, 104]
+    assert backend.collect() == []
 
 
 def test_answers_are_usable_and_counted(backend: Backend) -> None:
