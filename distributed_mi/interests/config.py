@@ -13,7 +13,8 @@ class BackendChoice(Component):
     kind: ClassVar[str] = "backend"
 
     name: str = "keyphrase"
-    """`keyphrase` (no language model, always available) or `vllm` (an engine in every actor)."""
+    """`keyphrase` (no language model, always available), `vllm` (an engine in every actor), `openai_http` (any
+    OpenAI-compatible server) or `precomputed` (answers from a file)."""
 
 
 class InterestsConfig(ConfigModel):
