@@ -9,7 +9,8 @@ What goes wrong, and what is done about it:
     no connection, connection lost, timeout, 408, 409, 429, 5xx    tried again, `max_attempts` times in all
     no connection at the last attempt                              the run stops
     anything else of these at the last attempt                     an error of this prompt
-    400, 413, 422, no choice, refused or filtered content          an error of this prompt
+    400, 413, 422, no choice, refused or filtered content, and
+    what nobody thought of                                         an error of this prompt
     401, 402, 403, 404, a redirect, an empty account (429),
     a 400 or 422 about a setting, no chat completion on 200        the run stops
 
@@ -43,7 +44,7 @@ import aiohttp
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 
 from distributed_mi.core.config import ConfigModel, runtime
-from distributed_mi.core.errors import ConfigError, DistributedMIError, InputError, StageError
+from distributed_mi.core.errors import ConfigError, InputError, StageError
 from distributed_mi.interests.backends.base import (
     Backend,
     BackendContext,
@@ -254,16 +255,16 @@ class OpenAIHttpBackend(Backend):
     def _deliver(self, task: "asyncio.Task[Response]") -> None:
         """In the loop: every request leaves one outcome, except those that are cancelled by the stop of another."""
         self._tasks.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if task.cancelled() or (error and self._halted):
+        if task.cancelled():
             return
+        error = task.exception()
         if error is None:
             self._done.put(task.result())
             return
-        # Made anew: the old one holds frames, and those the headers with the key.
-        text = str(error) if isinstance(error, DistributedMIError) else self._server.unexpected(error)
+        if self._halted:
+            return
         self._halted = True
-        self._done.put(StageError(text))
+        self._done.put(StageError(str(error)))  # made anew: the old one's frames hold the request and its key
         for other in self._tasks:
             other.cancel()
 
@@ -385,9 +386,13 @@ class _Server:
                 raise StageError(f"{self._url} is asked no more")
             try:
                 return await self._answer(request)
-            except Exception:
+            except StageError:
                 self.stopped = True  # before the place is free for the next one
                 raise
+            except Exception as error:
+                text = f"{type(error).__name__}: {self._quote(str(error))}"
+                logger.warning("%s: user %d failed: %s", self._url, request.user_index, text)
+                return self._error(request, text)
 
     async def _answer(self, request: Request) -> Response:
         for attempt in count(1):
@@ -413,10 +418,6 @@ class _Server:
         """End the connections."""
         if self._session is not None:
             await self._session.close()
-
-    def unexpected(self, error: BaseException) -> str:
-        """Text for an exception that nobody thought of."""
-        return f"{self._url}: {type(error).__name__}: {self._quote(str(error))}"
 
     def _open(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -570,11 +571,6 @@ class _Server:
         config = self._config
         if quota or status == 402:
             return "The account behind the key has no credit left."
-        if setting:
-            return (
-                f"The server refuses a setting that every request holds (model {config.model!r}). Change "
-                "interests.backend.model, .structured, .omit, .max_tokens_field or .extra_body."
-            )
         if status in (401, 403):
             if self._key:
                 return f"The key in the environment variable {config.api_key_env} is not accepted."
@@ -586,6 +582,11 @@ class _Server:
             return (
                 f"Either the server has no model {config.model!r} (interests.backend.model; {config.base_url}/models "
                 "lists them), or interests.backend.base_url lacks a part of its path, often /v1."
+            )
+        if setting:
+            return (
+                f"The server refuses a setting that every request holds (model {config.model!r}). Change "
+                "interests.backend.model, .structured, .omit, .max_tokens_field or .extra_body."
             )
         if 300 <= status < 400:
             target = _split(headers.get("Location", ""))
@@ -645,7 +646,7 @@ def _token_counts(usage: Any) -> dict[str, Any]:
         "num_answer_tokens": usage.get("completion_tokens"),
         "num_cached_tokens": details.get("cached_tokens"),
     }
-    return {name: value if isinstance(value, int) and value > 0 else 0 for name, value in found.items()}
+    return {name: v if isinstance(v, int) and 0 < v < 1 << 31 else 0 for name, v in found.items()}
 
 
 def _error_details(text: str) -> tuple[str, str]:

@@ -162,7 +162,13 @@ def test_half_a_surrogate_pair_can_be_stored(server: FakeOpenAI, make: Make) -> 
 
 @pytest.mark.parametrize(
     "usage",
-    [None, [], {}, {"prompt_tokens": None, "completion_tokens": "7", "prompt_tokens_details": None}],
+    [
+        None,
+        [],
+        {},
+        {"prompt_tokens": None, "completion_tokens": "7", "prompt_tokens_details": None},
+        {"prompt_tokens": -1, "completion_tokens": 1 << 70, "prompt_tokens_details": {"cached_tokens": 0.5}},
+    ],
     ids=str,
 )
 def test_a_server_need_not_count_tokens(server: FakeOpenAI, make: Make, usage: Any) -> None:
@@ -208,7 +214,7 @@ def test_no_more_requests_are_under_way_than_allowed(server: FakeOpenAI, make: M
     backend = make(concurrency=3)
     assert backend.window == 6
     assert len(ask(backend, *range(20))) == 20
-    assert server.most_at_once == 3
+    assert 2 <= server.most_at_once <= 3
 
 
 def test_a_request_that_waits_keeps_its_place(
@@ -278,7 +284,13 @@ def test_a_request_over_its_time_is_sent_again(server: FakeOpenAI, make: Make) -
     server.script = at_first(Reply(delay_s=0.6))
     [response] = ask(make(timeout_s=0.2))
     assert response.error is None
-    assert len(server.calls) == 2
+    assert len(server.calls) >= 2
+
+
+def test_a_request_that_is_always_over_its_time_is_given_up(server: FakeOpenAI, make: Make) -> None:
+    server.script = always(Reply(delay_s=0.5))
+    [response] = ask(make(timeout_s=0.1, max_attempts=3))
+    assert response.error == "no answer in 0.1 s (after 3 attempts)"
 
 
 @pytest.mark.parametrize(
@@ -287,7 +299,6 @@ def test_a_request_over_its_time_is_sent_again(server: FakeOpenAI, make: Make) -
         (Reply(500, error("engine trouble")), "500 Internal Server Error"),
         (Reply(429, error("slow down")), "slow down"),
         (Reply(reset=True), "connection lost"),
-        (Reply(delay_s=0.5), "no answer in 0.1 s"),
         (Reply(body=b'{"choices": ['), "broken JSON"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
@@ -296,7 +307,7 @@ def test_attempts_are_counted_and_then_this_prompt_is_given_up(
     server: FakeOpenAI, make: Make, waits: list[float], reply: Reply, text: str
 ) -> None:
     server.script = lambda call: reply if "prompt 1 " in call.prompt else good_answer(call)
-    bad, good = ask(make(max_attempts=3, timeout_s=0.1 if reply.delay_s else 5), 1, 2)
+    bad, good = ask(make(max_attempts=3), 1, 2)
     assert good.error is None
     assert bad.finish_reason == "error"
     assert text in (bad.error or "")
@@ -413,6 +424,25 @@ def test_a_refused_prompt_fails_alone_and_is_not_sent_again(
     assert len(server.calls) == 3
 
 
+def test_an_answer_that_nobody_thought_of_fails_alone(
+    server: FakeOpenAI, make: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = openai_http._content
+
+    def content(value: Any) -> str:
+        if value == "odd":
+            raise KeyError("a mistake of ours")
+        return read(value)
+
+    monkeypatch.setattr(openai_http, "_content", content)
+    odd = Reply(body=completion("odd"))
+    server.script = lambda call: odd if "prompt 1 " in call.prompt else good_answer(call)
+    first, second = ask(make(), 1, 2)
+    assert "KeyError: 'a mistake of ours'" in (first.error or "")
+    assert second.error is None
+    assert "user 1 failed" in caplog.text
+
+
 def test_tokens_of_a_refusal_are_counted(server: FakeOpenAI, make: Make) -> None:
     server.script = always(Reply(body=completion("x", finish_reason="content_filter")))
     [response] = ask(make())
@@ -453,6 +483,7 @@ def test_a_huge_error_is_quoted_only(server: FakeOpenAI, make: Make) -> None:
             Reply(404, error("The model `m` does not exist")),
             ["404 Not Found", "'m'", "does not exist", "/v1/models", "base_url"],
         ),
+        (Reply(404, error("no model m", param="model", code="model_not_found")), ["404", "/v1/models"]),
         (Reply(405, b""), ["405", "nothing", "base_url"]),
         (Reply(204, b""), ["204", "base_url"]),
         (Reply(400, b" <html>plain HTTP to an HTTPS port</html>"), ["400", "plain HTTP", "base_url"]),
