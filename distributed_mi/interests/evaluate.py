@@ -185,7 +185,10 @@ class _Measurement:
         return scores, later
 
     def _within(self, p: Population) -> dict[str, Floats]:
-        """Scores of the exemplars that need no later items. What they saw is the newest part of the training events."""
+        """Scores of the exemplars that need no later items.
+
+        Coverage is of the newest `max_history` distinct items, also where a prompt had to be made shorter than that.
+        """
         places = self.interests.places(np.asarray(p.users, dtype=np.int64))
         length = self.manifests["interests"].config["max_history"]
         rows = self.users.rows("train", p.users)
