@@ -92,6 +92,19 @@ TABLES: dict[str, pa.Schema] = {
             ("seconds", pa.float64()),
         ]
     ),
+    "cached_answers": pa.schema(
+        [
+            ("key", pa.string()),
+            ("text", pa.string()),
+            ("finish_reason", pa.string()),
+            ("num_prompt_tokens", pa.int64()),
+            ("num_answer_tokens", pa.int64()),
+            ("backend", pa.string()),
+            ("model", pa.string()),
+            ("created", pa.int64()),
+            ("digest", pa.string()),
+        ]
+    ),
     "interests": pa.schema(
         [
             ("user_index", pa.int64()),

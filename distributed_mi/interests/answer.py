@@ -23,7 +23,12 @@ class Answer(BaseModel):
 
 
 def answer_model(
-    *, max_interests: int, max_interest_chars: int, max_items_per_interest: int, max_item_index: int
+    *,
+    max_interests: int,
+    max_interest_chars: int,
+    max_items_per_interest: int,
+    max_item_index: int,
+    categories: bool = False,
 ) -> type[Answer]:
     """`Answer` with limits on every array, string and number, without which a constrained model may never stop.
 
@@ -32,11 +37,15 @@ def answer_model(
         max_interest_chars: characters of one text.
         max_items_per_interest: cited ids per interest.
         max_item_index: largest item number of the catalogue; bounds the digits of an id.
+        categories: whether each interest names its category first.
     """
     item_id = Annotated[int, Field(ge=1, le=max_item_index)]
+    category = (Annotated[str, Field(min_length=1, max_length=max_interest_chars // 2)], ...)
+    first: dict[str, Any] = {"category": category} if categories else {}
     interest = create_model(
         "Interest",
         __base__=Interest,
+        **first,
         text=(Annotated[str, Field(min_length=1, max_length=max_interest_chars)], ...),
         item_ids=(
             Annotated[list[item_id], Field(min_length=1, max_length=max_items_per_interest)],  # type: ignore[valid-type]

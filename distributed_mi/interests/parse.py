@@ -235,6 +235,9 @@ def _entry(value: Any) -> tuple[str, list[int]] | None:
         text = next((v for v in value.values() if isinstance(v, str)), None)
     if text is None:
         return None
+    category = value.get("category")
+    if isinstance(category, str) and category.strip() and text.strip():
+        text = f"{category.strip()}: {text}"
     ids: Any = next((value[k] for k in _ID_KEYS if k in value), [])
     return text, _ids(ids if isinstance(ids, list) else [ids])
 

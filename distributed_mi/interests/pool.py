@@ -1,11 +1,16 @@
-"""A pool of Ray actors, each with one backend: bounded work in flight, every exemplar exactly once, actors may die.
+"""A pool of Ray actors, each with one backend that is kept full: every exemplar exactly once, actors may die.
 
-A task is one shard's exemplars. When an actor dies, its tasks are sent to others and a new actor takes its place. The
-task that it was working on is sent once more as it is; when that kills a second actor, it is halved until the exemplar
-that does it stands alone and is given up (`FailureReason.ACTOR_DIED`), so that one bad prompt cannot stop the run.
+An actor holds up to a window of exemplars and gives up those that are finished while the others go on: no batch is
+waited for, and freed places are filled while the actor works, because two calls are under way to each.
 
-The oldest task without an answer need not be the one that killed the actor: an answer that was made just before is lost
-with the process. A task that is under suspicion is therefore alone in its actor until it is cleared.
+When an actor dies, what it held is under suspicion: it is cut into halves, and each half is answered alone in an actor
+until the exemplar that does it stands alone; when that has taken two actors down by itself, it is given up
+(`FailureReason.ACTOR_DIED`). So one bad prompt cannot stop the run, and nobody is given up for an accident.
+
+Why not `ray.data.llm` (seen in Ray 2.60): a processor is a stage of a Ray Data pipeline. It can keep the error of one
+prompt in its row (`should_continue_on_error`), but a prompt that takes its engine down makes the actor exit and is sent
+again together with its batch, each time. There is no place in it for a second question about the same row (the ladder),
+for committing rows while their batch is under way, nor for a cache; what is left of it is the actor pool below.
 """
 
 import logging
@@ -27,19 +32,36 @@ from ray.exceptions import (
 )
 
 from distributed_mi.core.errors import DistributedMIError, StageError
-from distributed_mi.interests.backends.base import BackendContext, BackendDeadError
+from distributed_mi.interests.backends.base import BackendContext, BackendDeadError, Response
 from distributed_mi.interests.config import InterestsConfig
 from distributed_mi.interests.history import Exemplar
-from distributed_mi.interests.ladder import Attempt, Ladder, Outcome
+from distributed_mi.interests.ladder import Attempt, Climber, Ladder, Outcome
 from distributed_mi.interests.parse import FailureReason
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 5.0
-"""Longest wait before time limits are looked at again."""
+"""Longest wait before time limits, and the number of actors, are looked at again."""
 WAITING_LOG_S = 30.0
 """Seconds between two lines about actors that have not started."""
+CALL_S = 0.2
+"""An actor gives up what is finished after about so long; sooner when half of its window is free."""
+CALLS = 2
+"""Calls under way to an actor: one that it works on, one that brings more."""
+DEATHS_ALONE = 2
+"""Actors that an exemplar must take down by itself before it is given up."""
 _DEATHS = (RayActorError, WorkerCrashedError, OutOfMemoryError, BackendDeadError)
+
+
+@dataclass(eq=False)
+class Job:
+    """One exemplar to answer."""
+
+    exemplar: Exemplar
+    known: Mapping[str, Response] = field(default_factory=dict)
+    """Responses that a cache has for it, by the hash of the request."""
+    deaths: int = 0
+    """Actors that died while it was alone in them."""
 
 
 class _Engine:
@@ -47,43 +69,44 @@ class _Engine:
 
     def __init__(self, config: InterestsConfig, context: BackendContext) -> None:
         self._config, self._context = config, context
-        self._ladder: Ladder | None = None
+        self._climber: Climber | None = None
 
-    def start(self) -> tuple[int, float]:
-        """Load the backend; returns the process id and the seconds it took."""
+    def start(self) -> tuple[int, float, int]:
+        """Load the backend; returns the process id, the seconds it took, and the exemplars it wants at a time."""
         started = time.monotonic()
         choice = self._config.backend
         backend = choice.resolve()(choice.settings("interests.backend"), self._context)
-        self._ladder = Ladder(backend, choice.name, self._config, self._context)
-        return os.getpid(), time.monotonic() - started
+        self._climber = Climber(Ladder(choice, self._config, self._context), backend)
+        return os.getpid(), time.monotonic() - started, backend.window
 
-    def answer(self, exemplars: Sequence[Exemplar]) -> list[Outcome]:
-        """Climb the ladder for each exemplar."""
-        if self._ladder is None:
+    def work(self, jobs: Sequence[tuple[Exemplar, Mapping[str, Response]]], window: int) -> list[Outcome]:
+        """Take in exemplars and work on what is held until some are finished; [] when none is held."""
+        if self._climber is None:
             raise BackendDeadError("the actor has no backend")
-        return self._ladder.answer(exemplars)
-
-
-@dataclass(frozen=True)
-class _Task:
-    key: int
-    exemplars: tuple[Exemplar, ...]
-    deaths: int = 0
-    """Actors that died while this was their oldest task, or one that it was cut from."""
-
-    @property
-    def suspect(self) -> bool:
-        return self.deaths > 0
+        for exemplar, known in jobs:
+            self._climber.add(exemplar, known)
+        started, finished = time.monotonic(), self._climber.advance()
+        while (
+            self._climber.held
+            and (not finished or self._climber.held > window // 2)
+            and (not finished or time.monotonic() - started < CALL_S)
+        ):
+            finished += self._climber.advance()
+        return finished
 
 
 @dataclass(eq=False)
 class _Seat:
-    """One actor and the tasks it was given, oldest first; it works on the oldest."""
+    """One actor, what it holds, and the calls under way to it, oldest first."""
 
     handle: Any
     starting: Any
     pid: int | None = None
-    tasks: deque[tuple[Any, _Task]] = field(default_factory=deque)
+    window: int = 0
+    held: dict[int, Job] = field(default_factory=dict)
+    calls: deque[Any] = field(default_factory=deque)
+    suspect: bool = False
+    """Whether what it holds is under suspicion; then nothing is added to it."""
     since: float = field(default_factory=time.monotonic)
 
     @property
@@ -91,26 +114,26 @@ class _Seat:
         """The reference whose completion is the actor's next news; None when it is idle."""
         if self.pid is None:
             return self.starting
-        return self.tasks[0][0] if self.tasks else None
-
-    def takes(self, task: _Task, in_flight: int) -> bool:
-        """Whether the task may join those that the actor has."""
-        if self.pid is None:
-            return False
-        alone = task.suspect or any(t.suspect for _, t in self.tasks)
-        return len(self.tasks) < (1 if alone else in_flight)
+        return self.calls[0] if self.calls else None
 
 
 class ActorPool:
-    """Answers chunks of exemplars on `num_actors` actors; one `run` at a time."""
+    """Answers exemplars on actors; one `run` at a time."""
 
     def __init__(self, config: InterestsConfig, context: BackendContext) -> None:
         self.config, self.context = config, context
+        counts = config.num_actors
+        self.least, self.most = counts if isinstance(counts, tuple) else (counts, counts)
         self.restarts = 0
         """Actors that died and were replaced."""
+        self.engine_seconds = 0.0
+        """Seconds for which actors were there, from their start on."""
+        self._barren = 0
+        """Deaths since the last answer."""
         self._seats: list[_Seat] = []
-        self._waiting: deque[_Task] = deque()
-        self._answers: dict[int, dict[int, Outcome]] = {}
+        self._waiting: deque[Job] = deque()
+        self._suspects: deque[list[Job]] = deque()
+        self._given_up: list[Outcome] = []
         self._waiting_logged = 0.0
 
     @property
@@ -118,31 +141,37 @@ class ActorPool:
         """Process ids of the actors that have started."""
         return [s.pid for s in self._seats if s.pid is not None]
 
-    def run(self, chunks: Mapping[int, Sequence[Exemplar]]) -> Generator[tuple[int, list[Outcome]]]:
-        """Answer every chunk; yields each once, in the order in which they are finished.
+    @property
+    def state(self) -> str:
+        """What the actors do, for a progress bar."""
+        ready = len(self.pids)
+        if ready < len(self._seats):
+            return f"{ready} of {len(self._seats)} engines ready"
+        return f"{ready} engines" if ready > 1 else ""
+
+    def run(self, jobs: Sequence[Job]) -> Generator[list[Outcome]]:
+        """Answer every exemplar; yields what is finished, each exemplar once, and [] now and then.
 
         Args:
-            chunks: key -> exemplars. Outcomes come back in the same order inside a chunk.
+            jobs: sent in this order.
 
         Raises:
             StageError: the backend cannot start, no actor could be placed in time, or too many actors died.
         """
-        self._waiting = deque(_Task(key, tuple(e)) for key, e in chunks.items())
-        self._answers = {key: {} for key in chunks}
-        left = dict(chunks)
+        self._waiting, self._suspects, self._given_up = deque(jobs), deque(), []
+        left = len(jobs)
         try:
-            self._seats = [self._new_seat() for _ in range(min(self.config.num_actors, len(left)))]
+            self._seats = [self._new_seat() for _ in range(min(self.least, left))]
             while left:
                 self._send()
-                for seat in self._with_news():
-                    self._take(seat)
-                for key in [k for k, e in left.items() if len(self._answers[k]) == len(e)]:
-                    answers = self._answers.pop(key)
-                    yield key, [answers[e.user_index] for e in left.pop(key)]
+                finished = self._news()
+                finished += self._given_up
+                self._given_up = []
+                left -= len(finished)
+                yield finished
         finally:
-            for seat in self._seats:
-                ray.kill(seat.handle)
-            self._seats = []
+            for seat in list(self._seats):
+                self._end(seat)
 
     def _new_seat(self) -> _Seat:
         choice = self.config.backend
@@ -152,48 +181,67 @@ class ActorPool:
         handle: Any = actor.remote(self.config, self.context)
         return _Seat(handle, handle.start.remote())
 
-    def _send(self) -> None:
-        """Give waiting tasks to started actors, up to the window, the least busy first; suspects alone."""
-        while self._waiting:
-            task = self._waiting[0]
-            free = [s for s in self._seats if s.takes(task, self.config.in_flight)]
-            if not free:
-                return
-            seat = min(free, key=lambda s: len(s.tasks))
-            self._waiting.popleft()
-            if not seat.tasks:
-                seat.since = time.monotonic()
-            seat.tasks.append((seat.handle.answer.remote(task.exemplars), task))
+    def _end(self, seat: _Seat) -> None:
+        ray.kill(seat.handle)
+        self._seats.remove(seat)
 
-    def _with_news(self) -> list[_Seat]:
-        """Seats whose head is done; after a while without any, those over their time limit are replaced."""
+    def _send(self) -> None:
+        """Fill the windows of started actors; suspects first, alone, to those that are idle."""
+        for seat in self._seats:
+            if seat.pid is None:
+                continue
+            jobs: list[Job] = []
+            if not seat.held:
+                seat.suspect = False
+                if self._suspects and not seat.calls:
+                    jobs, seat.suspect = self._suspects.popleft(), True
+            if not seat.suspect:
+                room = seat.window - len(seat.held)
+                while self._waiting and len(jobs) < room and len(seat.calls) < CALLS:
+                    jobs.append(self._waiting.popleft())
+            if jobs or (seat.held and not seat.calls):
+                if not seat.calls:
+                    seat.since = time.monotonic()
+                seat.held.update((j.exemplar.user_index, j) for j in jobs)
+                batch = [(j.exemplar, j.known) for j in jobs]
+                seat.calls.append(seat.handle.work.remote(batch, seat.window))
+
+    def _news(self) -> list[Outcome]:
+        """What actors report; after a while without any, those over their time limit are replaced."""
         heads = {s.head: s for s in self._seats if s.head is not None}
         done, _ = ray.wait(list(heads), num_returns=1, timeout=POLL_S)
+        finished = [o for ref in done for o in self._take(heads[ref])]
         if not done:
             self._check_time()
-        return [heads[r] for r in done]
+        self._scale()
+        return finished
 
-    def _take(self, seat: _Seat) -> None:
+    def _take(self, seat: _Seat) -> list[Outcome]:
         """Use what a seat reports: it has started, answered, or died."""
         try:
             value = ray.get(seat.head)
         except _DEATHS as error:
             self._replace(seat, str(error).splitlines()[0] if str(error) else type(error).__name__)
-            return
+            return []
         except (RuntimeEnvSetupError, ActorUnschedulableError) as error:
             raise StageError(f"no actor for backend {self.config.backend.name}: {error}") from error
         except RayTaskError as error:
             self._explain(error, starting=seat.pid is None)
+        seat.since = time.monotonic()
         if seat.pid is None:
-            seat.pid, seconds = value
-            seat.since = time.monotonic()
+            seat.pid, seconds, window = value
+            seat.window = self.config.in_flight or window
             logger.info(
                 "backend %s started in %.1f s, process %d", self.config.backend.name, seconds, seat.pid
             )
-            return
-        _, task = seat.tasks.popleft()
-        seat.since = time.monotonic()
-        self._answers[task.key].update((o.user_index, o) for o in value)
+            return []
+        seat.calls.popleft()
+        finished: list[Outcome] = value
+        for outcome in finished:
+            del seat.held[outcome.user_index]
+        if finished:
+            self._barren = 0
+        return finished
 
     def _explain(self, error: RayTaskError, *, starting: bool) -> None:
         cause = getattr(error, "cause", None) or error
@@ -203,46 +251,68 @@ class ActorPool:
         raise StageError(f"backend {self.config.backend.name} {what} on an actor: {cause!r}") from error
 
     def _replace(self, seat: _Seat, why: str) -> None:
-        """Send a dead actor's tasks back and seat a new one."""
+        """Take back what a dead actor held and seat a new one."""
         self.restarts += 1
+        self._barren += 1
+        held = list(seat.held.values())
         logger.warning(
-            "an actor of backend %s died (process %s, %d tasks sent again): %s",
+            "an actor of backend %s died (process %s, %d exemplars are sent again): %s",
             self.config.backend.name,
             seat.pid,
-            len(seat.tasks),
+            len(held),
             why,
         )
-        if self.restarts > self.config.max_actor_restarts:
+        if self._barren > self.config.max_actor_restarts:
             raise StageError(
-                f"{self.restarts} actors of backend {self.config.backend.name} died; the limit is "
-                f"interests.max_actor_restarts = {self.config.max_actor_restarts}. Last reason: {why}. What is "
-                "committed is kept: run the same command again to go on."
+                f"{self._barren} actors of backend {self.config.backend.name} died without an answer in between; "
+                f"the limit is interests.max_actor_restarts = {self.config.max_actor_restarts}. Last reason: "
+                f"{why}. What is committed is kept: run the same command again to go on."
             )
+        self._suspect(held)
         ray.kill(seat.handle)
-        tasks = [t for _, t in seat.tasks]
-        again = self._after_death(tasks[0]) + tasks[1:] if tasks else []
-        self._waiting.extendleft(reversed(again))
         self._seats[self._seats.index(seat)] = self._new_seat()
 
-    def _after_death(self, task: _Task) -> list[_Task]:
-        """What to send after an actor died on a task: the same, then halves, then nothing."""
-        deaths = task.deaths + 1
-        if deaths < 2:
-            return [_Task(task.key, task.exemplars, deaths)]
-        if len(task.exemplars) > 1:
-            middle = len(task.exemplars) // 2
-            halves = (task.exemplars[:middle], task.exemplars[middle:])
-            return [_Task(task.key, half, deaths=1) for half in halves]
-        user = task.exemplars[0].user_index
-        attempt = Attempt("first", FailureReason.ACTOR_DIED, f"{deaths} actors died on this prompt")
-        self._answers[task.key][user] = Outcome(user, attempts=(attempt,))
-        logger.warning("user %d is given up: %s", user, attempt.detail)
-        return []
+    def _suspect(self, held: list[Job]) -> None:
+        """Halve what a dead actor held; give up who was alone in it for the second time."""
+        if len(held) > 1:
+            middle = len(held) // 2
+            self._suspects.extendleft((held[middle:], held[:middle]))
+            return
+        for job in held:
+            job.deaths += 1
+            if job.deaths < DEATHS_ALONE:
+                self._suspects.appendleft([job])
+                continue
+            user = job.exemplar.user_index
+            attempt = Attempt(
+                "first", FailureReason.ACTOR_DIED, f"{job.deaths} actors died on this prompt alone"
+            )
+            self._given_up.append(Outcome(user, attempts=(attempt,)))
+            self._barren = 0  # it was the prompt
+            logger.warning("user %d is given up: %s", user, attempt.detail)
+
+    def _scale(self) -> None:
+        """More actors while those that are there have more than they can hold; fewer when some idle."""
+        if self.least == self.most or any(s.pid is None for s in self._seats):
+            return
+        idle = [s for s in self._seats if not s.held and not s.calls]
+        if idle and not self._waiting and not self._suspects:
+            for seat in idle[: max(0, len(self._seats) - self.least)]:
+                self._end(seat)
+        elif len(self._seats) < self.most and len(self._waiting) > sum(s.window for s in self._seats):
+            choice = self.config.backend
+            wanted = choice.resolve().ray_actor_options(choice.settings("interests.backend"))
+            free = ray.available_resources()
+            if all(
+                free.get(name, 0) >= wanted.get(option, 0)
+                for option, name in (("num_cpus", "CPU"), ("num_gpus", "GPU"))
+            ):
+                self._seats.append(self._new_seat())
 
     def _check_time(self) -> None:
         now = time.monotonic()
         for seat in list(self._seats):
-            if seat.pid is not None and seat.tasks and now - seat.since > self.config.answer_timeout_s:
+            if seat.pid is not None and seat.calls and now - seat.since > self.config.answer_timeout_s:
                 self._replace(seat, f"no answer in {self.config.answer_timeout_s:g} s")
         slow = [s for s in self._seats if s.pid is None]
         if slow and now - self._waiting_logged > WAITING_LOG_S:
@@ -255,6 +325,9 @@ class ActorPool:
                 f"{self._needs()}. Lower the resources of interests.backend, add nodes, or raise "
                 "interests.start_timeout_s."
             )
+        for seat in slow:
+            if len(self._seats) > self.least and now - seat.since > self.config.start_timeout_s:
+                self._end(seat)  # the room that was seen for one more is gone
 
     def _needs(self) -> str:
         choice = self.config.backend

@@ -19,13 +19,14 @@ import pyarrow.fs as pafs
 from distributed_mi.core import schema
 from distributed_mi.core.artifacts import Manifest, StageKey, StageRun, Workspace
 from distributed_mi.core.errors import StageError
+from distributed_mi.interests.cache import AnswerCache
 from distributed_mi.interests.config import InterestsConfig
 from distributed_mi.interests.history import UNNAMED, Exemplar
-from distributed_mi.interests.ladder import KEYPHRASE, STEPS, read_answer
+from distributed_mi.interests.ladder import FIRST, KEYPHRASE, STEPS, Ladder, read_answer
 from distributed_mi.interests.parse import ParsedAnswer, ParsedInterest
-from distributed_mi.interests.sanitize import printable
+from distributed_mi.interests.sanitize import printable, safe_title
 from distributed_mi.interests.source import Source
-from distributed_mi.interests.work import Work, failure_samples
+from distributed_mi.interests.work import CACHE_FOLDER, Work, failure_samples, make_context
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 """Texts -> float32 `[n, T]`."""
@@ -56,14 +57,40 @@ def run(
     if stage.manifest is not None:
         return stage.manifest
     source = Source(workspace, config.max_history)
-    work = Work(config, stage, source)
+    cache = open_cache(config, workspace)
+    work = Work(config, stage, source, cache)
     started = time.monotonic()
     work.run(start_ray)
     seconds = time.monotonic() - started
     answers = _all_answers(stage, source.users)
     interests, stats = _read_interests(config, source, answers)
     stats |= {"answering_seconds": round(seconds, 3), "actor_restarts": work.restarts}
+    stats["ledger"] = work.ledger.account.report(config.prices)
+    stats["ledger_of_all_runs"] = work.ledger.cumulative()
+    if cache is not None:
+        stats["cache_unreadable"], stats["cache_unwritten"] = cache.unreadable, cache.unwritten
+    stats |= what_was_cut(config, source)
     return _write(stage, answers, interests, encode, stats)
+
+
+def open_cache(config: InterestsConfig, workspace: Workspace) -> AnswerCache | None:
+    """The cache that a configuration names, or the workspace's own; None where looking up saves nothing."""
+    if not config.backend.resolve().cacheable:
+        return None
+    return AnswerCache(config.cache or f"{workspace.url.rstrip('/')}/{CACHE_FOLDER}")
+
+
+def what_was_cut(config: InterestsConfig, source: Source) -> dict[str, int]:
+    """Titles that do not stand in the first prompts as they are in the catalogue, and items left out of them."""
+    ladder = Ladder(config.backend, config, make_context(config, source))
+    shown = {i.item_index: i for u in source.users for i in source.exemplars[u].history}
+    changed = sum(safe_title(i.title, config.max_title_chars) != i.title for i in shown.values())
+    shortened = sum(len(i.title) > config.max_title_chars for i in shown.values())
+    left_out = 0
+    if config.max_prompt_tokens is not None:
+        exemplars = [source.exemplars[u] for u in source.users]
+        left_out = sum(len(e.history) - len(ladder.request(e, FIRST).exemplar.history) for e in exemplars)
+    return {"titles_changed": changed, "titles_shortened": shortened, "items_left_out": left_out}
 
 
 def _all_answers(stage: StageRun, users: Sequence[int]) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ continuously so never waits for the slowest answer of a batch. A backend that an
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -33,11 +33,14 @@ class Request:
         exemplar: whose interests are asked for, with the items that stand in the prompt.
         prompt: text of the user message.
         max_answer_tokens: tokens the answer may have.
+        prefix: what the answer begins with already; the response holds only what follows. For backends that
+            `can_continue`.
     """
 
     exemplar: Exemplar
     prompt: str
     max_answer_tokens: int
+    prefix: str = ""
 
     @property
     def user_index(self) -> int:
@@ -76,6 +79,11 @@ class BackendContext:
     catalogue: Sequence[HistoryItem] = field(default=(), repr=False)
 
 
+def estimate_tokens(text: str) -> int:
+    """Tokens of a text for want of a tokenizer, rather too many: a token of English titles has about four bytes."""
+    return -(-len(text.encode()) // 3)
+
+
 class Backend(ABC):
     """Base of every backend. A file exports its subclass as `BACKEND`."""
 
@@ -84,6 +92,10 @@ class Backend(ABC):
     """Cheap enough to run in the driver; then no Ray is started."""
     uses_catalogue: ClassVar[bool] = False
     """Whether `BackendContext.catalogue` must be filled."""
+    cacheable: ClassVar[bool] = True
+    """Whether an answer costs more than looking it up."""
+    can_continue: ClassVar[bool] = False
+    """Whether it can go on from a truncated answer (`Request.prefix`)."""
 
     def __init__(self, config: Any, context: BackendContext) -> None:
         self.config = config
@@ -171,6 +183,11 @@ class Backend(ABC):
     @classmethod
     def fingerprint(cls, config: Any) -> Any:
         """JSON-ready identity of local model files, so that new weights under an old name redo the stage; else None."""
+        return None
+
+    @classmethod
+    def token_counter(cls, config: Any) -> Callable[[str], int] | None:
+        """Counts the tokens of a prompt as the model will read it, without loading the model; None: unknown."""
         return None
 
     @classmethod

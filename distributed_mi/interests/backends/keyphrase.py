@@ -86,6 +86,7 @@ class KeyphraseBackend(Backend):
 
     in_process = True
     uses_catalogue = True
+    cacheable = False
 
     class Config(ConfigModel):
         """How keyphrase interests are made."""

@@ -10,7 +10,7 @@ Weights are read from safetensors only and code that comes with a model is never
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +30,28 @@ from distributed_mi.interests.backends.base import (
 logger = logging.getLogger(__name__)
 
 
+def chat_tokens(tokenizer: Any, config: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt inside the model's chat template; a model without one gets the plain prompt."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return list(tokenizer.encode(prompt))
+    messages = [{"role": "user", "content": prompt}]
+    if config.system_prompt:
+        messages.insert(0, {"role": "system", "content": config.system_prompt})
+    return list(
+        tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **config.chat_template_options,
+        )
+    )
+
+
 class VllmBackend(Backend):
     """One engine; see the module docstring."""
+
+    can_continue = True
 
     class Config(ConfigModel):
         """Model, sampling and size of an engine."""
@@ -132,14 +152,18 @@ class VllmBackend(Backend):
 
     def submit(self, request: Request) -> None:
         """Hand one prompt to the engine; one that leaves no room for its answer gets an error of its own."""
-        prompt = self._tokens(request.prompt)
+        prompt = chat_tokens(self._tokenizer, self.config, request.prompt)
+        if (
+            request.prefix
+        ):  # a grammar cannot begin in the middle of a text: what follows is not held to the schema
+            prompt += self._tokenizer.encode(request.prefix, add_special_tokens=False)
         error = self._too_long(prompt, request)
         if error is None:
             try:
                 self._engine.add_request(
                     str(request.user_index),
                     {"prompt_token_ids": prompt},
-                    self._sampling(request.max_answer_tokens),
+                    self._sampling(request.max_answer_tokens, constrained=not request.prefix),
                 )
             except ValueError as refused:  # of the prompt or its parameters; the engine has not taken it in
                 error = str(refused)
@@ -181,30 +205,14 @@ class VllmBackend(Backend):
             found.update((r.user_index, r) for r in self.collect())
         return [found[r.user_index] for r in requests]
 
-    def _sampling(self, max_tokens: int) -> Any:
+    def _sampling(self, max_tokens: int, *, constrained: bool) -> Any:
+        schema = self._structured_class(json=self.context.answer_schema) if constrained else None
         return self._sampling_class(
             temperature=self.config.temperature,
             top_p=self.config.top_p,
             max_tokens=max_tokens,
             output_kind=self._final_only,
-            structured_outputs=self._structured_class(json=self.context.answer_schema),
-        )
-
-    def _tokens(self, prompt: str) -> list[int]:
-        """Chat template applied; a model without one gets the plain prompt."""
-        if getattr(self._tokenizer, "chat_template", None) is None:
-            return list(self._tokenizer.encode(prompt))
-        messages = [{"role": "user", "content": prompt}]
-        if self.config.system_prompt:
-            messages.insert(0, {"role": "system", "content": self.config.system_prompt})
-        return list(
-            self._tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=False,
-                **self.config.chat_template_options,
-            )
+            structured_outputs=schema,
         )
 
     def _too_long(self, prompt: list[int], request: Request) -> str | None:
@@ -243,6 +251,19 @@ class VllmBackend(Backend):
     def fingerprint(cls, config: Any) -> Any:
         """Names, sizes and times of the files of a model that is a local directory; None for a hub id."""
         return fingerprint_files(config.model) if Path(config.model).is_dir() else None
+
+    @classmethod
+    def token_counter(cls, config: Any) -> Callable[[str], int] | None:
+        """By the model's tokenizer and chat template."""
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(
+            config.model,
+            revision=config.revision,
+            trust_remote_code=False,
+            local_files_only=not config.allow_download,
+        )
+        return lambda prompt: len(chat_tokens(tokenizer, config, prompt))
 
     @classmethod
     def ray_actor_options(cls, config: Any) -> dict[str, Any]:

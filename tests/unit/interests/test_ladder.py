@@ -1,17 +1,26 @@
 """Steps of the ladder, halving around bad prompts, and what a failure leaves behind."""
 
+import json
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from distributed_mi.core.errors import StageError
-from distributed_mi.interests.backends.base import BackendContext, BackendDeadError, Request, Response
+from distributed_mi.interests.backends.base import (
+    BackendContext,
+    BackendDeadError,
+    Request,
+    Response,
+    estimate_tokens,
+)
 from distributed_mi.interests.config import InterestsConfig
 from distributed_mi.interests.history import Exemplar, HistoryItem
-from distributed_mi.interests.ladder import Ladder, Outcome, read_answer
+from distributed_mi.interests.ladder import Climber, Ladder, Outcome, Reply, needed, play, read_answer
 from distributed_mi.interests.parse import ParsedAnswer
-from tests.unit.interests.fakes import ScriptedBackend
+from tests.unit.interests.fakes import SCRIPTED, ScriptedBackend
 
 CONTEXT = BackendContext({"type": "object"}, 20, 120)
 
@@ -20,9 +29,11 @@ def exemplars(count: int, history: int = 6) -> list[Exemplar]:
     return [Exemplar(u, tuple(HistoryItem(i, f"t{i}") for i in range(1, history + 1))) for u in range(count)]
 
 
-def ladder(*, config: dict[str, Any] | None = None, **script: Any) -> Ladder:
-    settings = InterestsConfig(**{"short_history": 3, **(config or {})})
-    return Ladder(ScriptedBackend(ScriptedBackend.Config(**script), CONTEXT), "scripted", settings, CONTEXT)
+def ladder(*, config: dict[str, Any] | None = None, backend: str = SCRIPTED, **script: Any) -> Climber:
+    settings = InterestsConfig(backend={"name": backend, **script}, **{"short_history": 3, **(config or {})})
+    choice = settings.backend
+    made = choice.resolve()(choice.settings(), CONTEXT)
+    return Climber(Ladder(choice, settings, CONTEXT), made)
 
 
 def reasons(outcome: Outcome) -> list[tuple[str, str]]:
@@ -69,13 +80,13 @@ def test_the_shorter_prompt_is_stored_and_its_answer_is_read_against_it() -> Non
     outcome = asked.answer(exemplars(1))[0]
     assert '"t4" (4), "t5" (5), "t6" (6)' in outcome.prompt
     assert '"t3"' not in outcome.prompt
-    parsed = read_answer(outcome.answer, exemplars(1)[0], outcome.step, asked.config)
+    parsed = read_answer(outcome.answer, exemplars(1)[0], outcome.step, asked.ladder.config)
     assert isinstance(parsed, ParsedAnswer)
     assert parsed.interests[0].item_indices == (4, 5)
     # The same text at step "first" may cite any of the six, at this step only the three that were shown.
     text = '{"interests": [{"text": "x", "item_ids": [1, 4]}]}'
     cited = [
-        read_answer(text, exemplars(1)[0], s, asked.config).interests[0].item_indices
+        read_answer(text, exemplars(1)[0], s, asked.ladder.config).interests[0].item_indices
         for s in ("first", outcome.step)
     ]  # type: ignore[union-attr]
     assert cited == [(1, 4), (4,)]
@@ -125,14 +136,112 @@ def test_a_dead_engine_is_not_taken_for_a_bad_prompt() -> None:
     assert len(asked.backend.calls) == 1  # type: ignore[attr-defined]
 
 
-def test_a_backend_that_loses_a_request_is_refused() -> None:
-    class Forgetful(ScriptedBackend):
-        def generate(self, requests: list[Request]) -> list[Response]:  # type: ignore[override]
-            return super().generate(requests)[:-1]
+class Forgetful(ScriptedBackend):
+    """Loses the last request of each batch."""
 
-    asked = Ladder(Forgetful(Forgetful.Config(), CONTEXT), "forgetful", InterestsConfig(), CONTEXT)
-    with pytest.raises(StageError, match="exactly once"):
-        asked.answer(exemplars(2))
+    def generate(self, requests: Sequence[Request]) -> list[Response]:
+        return super().generate(requests)[:-1]
+
+
+class Confused(ScriptedBackend):
+    """Answers for somebody who was not asked for."""
+
+    def collect(self) -> list[Response]:
+        return [Response(99, "{}")]
+
+
+@pytest.mark.parametrize(("name", "message"), [("Forgetful", "exactly once"), ("Confused", "not asked for")])
+def test_a_backend_that_loses_or_invents_a_request_is_refused(name: str, message: str) -> None:
+    with pytest.raises(StageError, match=message):
+        ladder(backend=f"tests.unit.interests.test_ladder:{name}").answer(exemplars(2))
+
+
+class Continuing(ScriptedBackend):
+    """Goes on from a truncated answer, at most ten characters further."""
+
+    can_continue = True
+
+    def _respond(self, request: Request) -> Response:
+        if not request.prefix:
+            return super()._respond(request)
+        whole = super()._respond(replace(request, max_answer_tokens=10_000)).text
+        rest = whole[len(request.prefix) :]
+        if request.user_index in self.config.always_truncate:
+            return Response(request.user_index, "", 10, 7, finish_reason="length")
+        return Response(request.user_index, rest, 10, 7)
+
+
+def test_a_truncated_answer_is_continued_from_where_it_was_cut() -> None:
+    asked = ladder(backend="tests.unit.interests.test_ladder:Continuing", truncate=[1], always_truncate=[2])
+    outcomes = asked.answer(exemplars(3))
+    assert [o.step for o in outcomes] == ["first", "continued", "larger_budget"]
+    assert reasons(outcomes[1]) == [("first", "truncated")]
+    assert json.loads(outcomes[1].answer)["interests"][1]["text"] == "second"
+    assert outcomes[1].num_answer_tokens == 12
+    assert reasons(outcomes[2]) == [
+        ("first", "truncated"),
+        ("continued", "truncated"),
+        ("larger_budget", "truncated"),
+    ]
+    first, continued = outcomes[1].replies
+    assert (first.step, continued.step) == ("first", "continued")
+    assert first.key != continued.key
+
+
+def test_cached_replies_are_played_down_the_whole_ladder() -> None:
+    script: dict[str, Any] = {"truncate": [1], "prose": [2], "refuse": [3]}
+    asked = ladder(**script)
+    outcomes = asked.answer(exemplars(5))
+    replies: list[Reply] = [r for o in outcomes for r in o.replies]
+    assert len(replies) == 8
+    known = {r.key: r.response for r in replies}
+    climbs = [asked.ladder.begin(e) for e in exemplars(5)]
+    # equal prompts have equal hashes, whoever asks: here all five
+    assert len(needed(climbs)) == 1
+    climb = climbs[1]
+    assert play(climb, {outcomes[1].replies[0].key: outcomes[1].replies[0].response}) == 1
+    assert climb.request is not None
+    assert climb.step == "larger_budget"
+    assert climb.key in known
+    assert play(climb, known) == 1
+    played = climb.outcome
+    assert played.replies == ()
+    assert (played.answer, played.step, played.prompt_hash) == (
+        outcomes[1].answer,
+        outcomes[1].step,
+        outcomes[1].prompt_hash,
+    )
+    calls = len(asked.backend.calls)  # type: ignore[attr-defined]
+    other = Climber(asked.ladder, asked.backend)
+    other.add(exemplars(5)[4], {outcomes[4].replies[0].key: outcomes[4].replies[0].response})
+    assert [o.step for o in other.advance()] == ["first"]
+    assert len(asked.backend.calls) == calls  # type: ignore[attr-defined]
+
+
+def test_what_is_under_way_cannot_be_added_again() -> None:
+    asked = ladder()
+    asked.add(exemplars(1)[0])
+    with pytest.raises(StageError, match="under way"):
+        asked.add(exemplars(1)[0])
+    assert asked.held == 1
+    assert [o.user_index for o in asked.advance()] == [0]
+    assert (asked.held, asked.advance()) == (0, [])
+
+
+def test_a_prompt_is_cut_from_the_oldest_side_to_its_budget() -> None:
+    whole = ladder().ladder.request(exemplars(1, history=40)[0], "first").prompt
+    limit = estimate_tokens(whole) - 60
+    asked = ladder(config={"max_prompt_tokens": limit}).ladder
+    request = asked.request(exemplars(1, history=40)[0], "first")
+    shown = [i.item_index for i in request.exemplar.history]
+    assert shown == list(range(41 - len(shown), 41))
+    assert 1 < len(shown) < 40
+    assert estimate_tokens(request.prompt) <= limit
+    one_more = asked.request(exemplars(1, history=40)[0].latest(len(shown) + 1), "first")
+    assert one_more.prompt == request.prompt
+    # a budget that not even one item fits in still asks about the newest
+    tiny = ladder(config={"max_prompt_tokens": 5}).ladder.request(exemplars(1)[0], "first")
+    assert [i.item_index for i in tiny.exemplar.history] == [6]
 
 
 def test_the_fallback_keeps_what_the_failure_cost() -> None:

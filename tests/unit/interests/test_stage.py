@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from distributed_mi.core.artifacts import Manifest, Workspace, list_files
+from distributed_mi.core.artifacts import Manifest, StageRun, Workspace, list_files
 from distributed_mi.core.errors import ConfigError, StageError, UnknownNameError, WorkspaceError
 from distributed_mi.interests.config import InterestsConfig
 from distributed_mi.interests.history import Exemplar, HistoryItem
 from distributed_mi.interests.parse import ParsedInterest
 from distributed_mi.interests.stage import _titles_as_interests, run
 from distributed_mi.interests.work import Work
-from tests.unit.interests.fakes import SCRIPTED, answers_per_user, encode, make_workspace, no_ray
+from tests.unit.interests.fakes import NUM_ITEMS, SCRIPTED, answers_per_user, encode, make_workspace, no_ray
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -28,7 +28,8 @@ ROOT = Path(__file__).resolve().parents[3]
 def scripted(**fields: Any) -> InterestsConfig:
     script = {k: fields.pop(k) for k in list(fields) if k not in InterestsConfig.model_fields}
     return InterestsConfig(
-        backend={"name": SCRIPTED, **script}, **{"commit_every": 4, "short_history": 3, **fields}
+        backend={"name": SCRIPTED, **script},
+        **{"commit_every": 4, "in_flight": 4, "short_history": 3, **fields},
     )
 
 
@@ -37,7 +38,7 @@ def start(config: InterestsConfig, workspace: Workspace) -> Manifest:
 
 
 def answered_users(workspace: Workspace) -> list[int]:
-    return workspace.stage("interests").read("answers", "answers")["user_index"].to_pylist()
+    return sorted(workspace.stage("interests").read("answers", "answers")["user_index"].to_pylist())
 
 
 @pytest.fixture
@@ -55,7 +56,8 @@ def log(tmp_path: Path) -> Path:
 def test_keyphrase_is_the_default_and_needs_no_ray(workspace: Workspace) -> None:
     manifest = start(InterestsConfig(), workspace)
     assert manifest.rows["answers"] == 20
-    assert manifest.stats["steps"] == {"first": 0, "larger_budget": 0, "shorter_history": 0, "keyphrase": 20}
+    steps = {"first": 0, "continued": 0, "larger_budget": 0, "shorter_history": 0, "keyphrase": 20}
+    assert manifest.stats["steps"] == steps
     assert manifest.stats["failed"] == 0
     assert answered_users(workspace) == list(range(0, 40, 2))
     stage = workspace.stage("interests")
@@ -116,6 +118,7 @@ def test_each_step_is_counted(workspace: Workspace) -> None:
     manifest = start(config, workspace)
     assert manifest.stats["steps"] == {
         "first": 15,
+        "continued": 0,
         "larger_budget": 1,
         "shorter_history": 2,
         "keyphrase": 2,
@@ -193,21 +196,25 @@ def test_no_samples_stay_behind_when_the_next_result_has_no_failures(workspace: 
 def test_a_run_that_is_stopped_goes_on_where_it_was(
     workspace: Workspace, log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit = Work._commit
+    commit, shards = Work._commit, []
 
-    def stop_at_the_third(self: Work, place: int, outcomes: Any) -> None:
-        if place >= 8:
+    def stop_at_the_third(self: Work) -> None:
+        shards.append(self)
+        if len(shards) > 2:
             raise KeyboardInterrupt
-        commit(self, place, outcomes)
+        commit(self)
 
     monkeypatch.setattr(Work, "_commit", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         start(scripted(log=str(log)), workspace)
     monkeypatch.setattr(Work, "_commit", commit)
-    assert answers_per_user(log) == dict.fromkeys(range(0, 24, 2), 1)
+    before = answers_per_user(log)
+    assert set(before.values()) == {1}
+    assert len(before) == 12
     manifest = start(scripted(log=str(log), commit_every=3), workspace)  # also with another shard size
-    under_way = range(16, 24, 2)
-    assert answers_per_user(log) == {u: 2 if u in under_way else 1 for u in range(0, 40, 2)}
+    after = answers_per_user(log)
+    assert sum(n == 2 for n in after.values()) == 4  # what stood in no shard
+    assert {u for u, n in after.items() if n == 2} <= set(before)
     assert manifest.rows["answers"] == 20
     assert answered_users(workspace) == list(range(0, 40, 2))
 
@@ -228,7 +235,10 @@ run(config, Workspace({workspace.url!r}), encode=encode, start_ray=no_ray)
     killed = subprocess.run([sys.executable, "-c", script], env=environment, timeout=60, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert workspace.stage("interests").manifest() is None
-    assert answers_per_user(log) == dict.fromkeys(range(0, 16, 2), 1)
+    before = answers_per_user(log)
+    assert set(before.values()) <= {1}
+    assert 20 not in before
+    assert len(before) % 4 == 0
     again = subprocess.run([sys.executable, "-c", script], env=environment, timeout=60, check=False)
     assert again.returncode == 0
     assert answers_per_user(log) == dict.fromkeys(range(0, 40, 2), 1)
@@ -241,7 +251,7 @@ def test_a_broken_shard_is_answered_again(workspace: Workspace, monkeypatch: pyt
 
     with pytest.raises(RuntimeError):
         run(scripted(), workspace, encode=fail, start_ray=no_ray)
-    generation = next(p for p in Path(workspace.stage("interests").base).iterdir() if p.is_dir())
+    generation = next(p for p in Path(workspace.stage("interests").base).iterdir() if len(p.name) == 16)
     shards = list_files(workspace.fs, str(generation / "answers"), ".parquet")
     assert len(shards) == 5
     Path(shards[2]).write_bytes(b"not parquet")
@@ -280,3 +290,130 @@ def test_an_exemplar_without_sequence_is_named(tmp_path: Path) -> None:
     pq.write_table(pq.read_table(sequences[0]).slice(0, 2), sequences[0])
     with pytest.raises(StageError, match="user_index 2"):
         start(InterestsConfig(), workspace)
+
+
+# cache, duplicates, ledger
+
+
+def backend_calls(log: Path) -> int:
+    return sum(answers_per_user(log).values())
+
+
+def test_what_was_paid_for_is_not_paid_for_again(tmp_path: Path, log: Path) -> None:
+    """Another workspace, the same exemplars and two more: only these are asked for."""
+    cache = str(tmp_path / "cache")
+    script: dict[str, Any] = {"truncate": [2], "prose": [4], "log": str(log), "cache": cache}
+    first = start(scripted(**script), make_workspace(tmp_path / "first", num_users=36))
+    asked = backend_calls(log)
+    assert asked == 18 + 2
+    assert first.stats["ledger"]["requests"] == asked
+    assert first.stats["ledger"]["retries"] == 2
+    same = make_workspace(tmp_path / "same", num_users=36)
+    again = start(scripted(**script), same)
+    assert backend_calls(log) == asked
+    assert again.stats["content"] == first.stats["content"]
+    assert again.stats["steps"] == first.stats["steps"]
+    assert again.stats["ledger"]["requests"] == 0
+    assert again.stats["ledger"]["replies_from_cache"] == asked
+    more = make_workspace(tmp_path / "more", num_users=40)
+    start(scripted(**script), more)
+    assert backend_calls(log) == asked + 2
+    assert answered_users(more) == list(range(0, 40, 2))
+
+
+@pytest.mark.parametrize("change", [{"max_interests": 7}, {"max_answer_tokens": 400}, {"always_prose": [38]}])
+def test_what_decides_an_answer_decides_about_the_cache(
+    workspace: Workspace, tmp_path: Path, log: Path, change: dict[str, Any]
+) -> None:
+    """Schema, budget, and settings of the backend: each makes another answer."""
+    cache = str(tmp_path / "cache")
+    start(scripted(log=str(log), cache=cache), workspace)
+    start(scripted(log=str(log), cache=cache, max_failed_fraction=1.0, **change), workspace)
+    assert backend_calls(log) >= 40
+
+
+def test_errors_are_not_cached(workspace: Workspace, tmp_path: Path, log: Path) -> None:
+    config = scripted(refuse=[6], log=str(log), max_history=6, short_history=6, max_failed_fraction=1.0)
+    first = start(config, workspace)
+    assert (first.stats["failed"], first.stats["ledger"]["errors"]) == (1, 1)
+    other = make_workspace(tmp_path / "other", num_users=40)
+    second = start(config.model_copy(update={"cache": f"{workspace.url}/answer_cache"}), other)
+    assert second.stats["ledger"]["requests"] == 1
+
+
+def test_exemplars_with_one_prompt_are_asked_once(tmp_path: Path, log: Path) -> None:
+    workspace = make_workspace(
+        tmp_path / "w", num_users=4 * NUM_ITEMS
+    )  # histories repeat after NUM_ITEMS users
+    manifest = start(scripted(log=str(log), truncate=[2]), workspace)
+    assert manifest.rows["answers"] == 2 * NUM_ITEMS
+    assert manifest.stats["ledger"]["duplicates"] == 2 * NUM_ITEMS - NUM_ITEMS // 2
+    assert len(answers_per_user(log)) == NUM_ITEMS // 2
+    assert answered_users(workspace) == list(range(0, 4 * NUM_ITEMS, 2))
+    rows = workspace.stage("interests").read("interests", "interests").to_pylist()
+    texts: dict[int, list[str]] = {}
+    for row in rows:
+        texts.setdefault(row["user_index"], []).append(row["text"])
+    assert texts[4] == texts[4 + NUM_ITEMS]
+    assert manifest.stats["num_answer_tokens"] == manifest.stats["ledger"]["num_answer_tokens"]
+
+
+def test_a_cache_that_cannot_be_written_or_read_costs_no_answer(
+    workspace: Workspace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "cache"
+    folder.write_text("a file, not a folder")
+    manifest = start(scripted(cache=str(folder)), workspace)
+    assert manifest.rows["answers"] == 20
+    assert manifest.stats["cache_unwritten"] == 20
+    assert sum("cannot be written" in r.message for r in caplog.records) == 1
+
+
+def test_the_ledger_survives_runs_and_kills(workspace: Workspace, tmp_path: Path) -> None:
+    prices = {"input_per_million": 2.0, "output_per_million": 10.0, "currency": "EUR"}
+    first = start(scripted(truncate=[2], prices=prices), workspace)
+    ledger = first.stats["ledger"]
+    # 21 requests of 10 and 5 tokens
+    assert (ledger["num_prompt_tokens"], ledger["num_answer_tokens"]) == (210, 105)
+    assert ledger["money"] == pytest.approx(210 * 2e-6 + 105 * 1e-5)
+    assert ledger["money_per_exemplar"] == pytest.approx(ledger["money"] / 20, abs=1e-9)
+    assert ledger["currency"] == "EUR"
+    second = start(scripted(prices=prices, max_history=4), workspace)
+    both = second.stats["ledger_of_all_runs"]
+    assert (both["runs"], both["exemplars"], both["requests"]) == (2, 40, 41)
+    assert both["money"] == pytest.approx(ledger["money"] + second.stats["ledger"]["money"], abs=1e-6)
+
+
+def test_a_full_disk_is_named_and_what_is_committed_stays(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = StageRun.write_table, []
+
+    def full(self: StageRun, relative: str, table: Any, name: str) -> Any:
+        if name == "answers" and len(written) == 2:
+            raise OSError(28, "No space left on device")
+        written.append(relative)
+        return write(self, relative, table, name)
+
+    monkeypatch.setattr(StageRun, "write_table", full)
+    with pytest.raises(StageError, match=r"cannot write .*No space left on device.*go on"):
+        start(scripted(), workspace)
+    monkeypatch.setattr(StageRun, "write_table", write)
+    manifest = start(scripted(), workspace)
+    assert manifest.rows["answers"] == 20
+
+
+@pytest.mark.parametrize("template", ["categories", "language"])
+def test_other_templates(workspace: Workspace, template: str) -> None:
+    manifest = start(scripted(template=template, language="Danish"), workspace)
+    assert manifest.rows["answers"] == 20
+    prompt = workspace.stage("interests").read("answers", "answers")["prompt"][0].as_py()
+    assert ("category it belongs to" in prompt) == (template == "categories")
+    assert ("written in Danish" in prompt) == (template == "language")
+
+
+def test_what_was_cut_is_recorded(workspace: Workspace) -> None:
+    manifest = start(scripted(max_title_chars=10, max_prompt_tokens=200), workspace)
+    assert manifest.stats["titles_shortened"] > 0
+    assert manifest.stats["titles_changed"] >= manifest.stats["titles_shortened"]
+    assert manifest.stats["items_left_out"] > 0
