@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from email.utils import formatdate
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -650,6 +651,30 @@ def test_the_key_does_not_show_when_what_comes_is_no_http(
             ask(backend)
     assert key not in "".join(traceback.format_exception(caught.value)) + caplog.text
     assert caught.value.__context__ is None
+
+
+def test_the_key_does_not_show_when_the_server_escapes_it(server: FakeOpenAI, make: Make, key: str) -> None:
+    def script(call: Call) -> Reply:
+        said = json.dumps(error(f"wrong: {call.headers['Authorization']}"))
+        return Reply(400, said.replace("/", r"\/").encode())
+
+    server.script = script
+    [response] = ask(make(api_key_env="MY_KEY"))
+    assert "wrong: Bearer [key]" in (response.error or "")
+
+
+def test_neither_a_proxy_nor_netrc_gets_in_between(
+    server: FakeOpenAI, make: Make, key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password other\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    [response] = ask(make(api_key_env="MY_KEY", max_attempts=1))
+    assert response.error is None
+    assert server.calls[0].headers["Authorization"] == f"Bearer {key}"
 
 
 def test_the_key_in_an_answer_is_not_stored(server: FakeOpenAI, make: Make, key: str) -> None:
