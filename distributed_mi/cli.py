@@ -190,6 +190,16 @@ def _forced(overrides: Sequence[str] | None, force: bool) -> list[str]:
     return [*(overrides or ()), *(["exemplars.force=true"] if force else [])]
 
 
+class DefaultCommandGroup(typer.core.TyperGroup):
+    """A group whose command `run` may be left out: `interests CONFIG` is `interests run CONFIG`."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Put `run` in front of what names no command."""
+        if args and args[0] not in self.commands:
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+
 def _stage_command(name: str) -> None:
     def command(config: ConfigPath, overrides: Overrides = None) -> None:
         pipeline = run_stages(config, overrides, [name], name)
@@ -205,7 +215,93 @@ def _stage_command(name: str) -> None:
 
 
 for _name in STAGE_HELP:
-    _stage_command(_name)
+    if _name != "interests":
+        _stage_command(_name)
+
+interests_app = typer.Typer(
+    cls=DefaultCommandGroup,
+    help=STAGE_HELP["interests"] + " `interests CONFIG` runs the stage; other commands look at its result.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(interests_app, name="interests")
+
+
+class InterestsHelpCommand(FieldHelpCommand):
+    """A command of the group `interests`, documented by the fields of the stage."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Append the fields of the stage."""
+        formatter.write("\n" + field_help(STAGE_TABLES["interests"]))
+
+
+@interests_app.command("run", cls=InterestsHelpCommand)
+def interests_run(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be asked and cost, from a sample of 32 prompts.")
+    ] = False,
+    ask_sample: Annotated[
+        bool,
+        typer.Option("--ask-sample", help="With --dry-run: send the sample; its answers are cached."),
+    ] = False,
+) -> None:
+    """Write the exemplars' interests and encode them."""
+    if not dry_run:
+        if ask_sample:
+            raise typer.BadParameter("--ask-sample goes with --dry-run")
+        run_stages(config, overrides, ["interests"], "interests")
+        return
+    from distributed_mi.interests import plan
+
+    pipeline = open_pipeline(config, overrides)
+    with pipeline.lock("distributed-mi interests --dry-run"):
+        try:
+            facts = plan.dry_run(
+                pipeline.experiment.interests,
+                pipeline.workspace,
+                ask=ask_sample,
+                start_ray=pipeline.start_ray,
+            )
+        finally:
+            pipeline.start_ray.close()
+    typer.echo(plan.render(facts))
+
+
+@interests_app.command("evaluate")
+def interests_evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Score the interests without a judge: do they foretell later items, and what do they cover?"""
+    from distributed_mi.interests import evaluate as evaluating
+
+    pipeline = open_pipeline(config, overrides)
+    with pipeline.lock("distributed-mi interests evaluate"):
+        report = evaluating.evaluate(pipeline.workspace)
+    typer.echo(evaluating.render(report))
+
+
+@interests_app.command("report")
+def interests_report(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="File to write; by default in the workspace.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Exemplars on the page.")] = None,
+) -> None:
+    """Write one static HTML page with every exemplar, its prompt, its answer and its interests."""
+    from distributed_mi.interests.page import write_page
+
+    pipeline = open_pipeline(config, overrides)
+    typer.echo(write_page(pipeline.workspace, out, limit=limit))
+
+
+@interests_app.command("ledger")
+def interests_ledger(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print what the interests of a workspace have cost, run by run and in all."""
+    from distributed_mi.interests import ledger
+
+    typer.echo(ledger.render(ledger.read_runs(open_pipeline(config, overrides).workspace.stage("interests"))))
 
 
 @app.command("run", cls=FieldHelpCommand)

@@ -152,6 +152,34 @@ def read_runs(directory: StageDirectory) -> list[dict[str, Any]]:
     return found
 
 
+def render(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A line for each run, and their sums; money of different currencies is not added up."""
+    if not runs:
+        return "no run of the interests stage has an account yet"
+    head = ("started", "backend", "exemplars", "requests", "retries", "tokens in", "tokens out", "s", "money")
+    names = ("exemplars", "requests", "retries", "num_prompt_tokens", "num_answer_tokens", "seconds")
+
+    def cells(entry: Mapping[str, Any], started: str, backend: str) -> list[str]:
+        numbers = [f"{float(entry.get(n) or 0):,.0f}" for n in names]
+        return [
+            started,
+            backend,
+            *numbers,
+            f"{float(entry.get('money') or 0):,.4f} {entry.get('currency', '')}",
+        ]
+
+    rows = [list(head), *(cells(e, str(e.get("started", "")), str(e.get("backend", ""))) for e in runs)]
+    currencies = {str(e.get("currency", "")) for e in runs}
+    if len(runs) > 1 and len(currencies) == 1:
+        total = {n: sum(float(e.get(n) or 0) for e in runs) for n in (*names, "money")}
+        rows.append(cells({**total, "currency": currencies.pop()}, "all", ""))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(head))]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    )
+
+
 def account_of(entry: Mapping[str, Any]) -> Account:
     """The sums in a run's entry; what is missing or no number counts as nothing."""
     values = {f.name: entry[f.name] for f in fields(Account) if isinstance(entry.get(f.name), int | float)}

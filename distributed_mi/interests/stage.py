@@ -47,13 +47,7 @@ def run(
         StageError: too many exemplars had no usable answer, or the actors cannot work.
         WorkspaceError: an earlier stage is missing.
     """
-    backend, settings = config.backend.resolve(), config.backend.settings("interests.backend")
-    inputs: dict[str, Any] = {
-        name: workspace.stage(name).require().identity for name in ("prepare", "embed", "exemplars")
-    }
-    if (model_files := backend.fingerprint(settings)) is not None:
-        inputs["model_files"] = model_files
-    stage = workspace.stage("interests").open(StageKey("interests", inputs, config.result_fields()))
+    stage = workspace.stage("interests").open(stage_key(config, workspace))
     if stage.manifest is not None:
         return stage.manifest
     source = Source(workspace, config.max_history)
@@ -71,6 +65,21 @@ def run(
         stats["cache_unreadable"], stats["cache_unwritten"] = cache.unreadable, cache.unwritten
     stats |= what_was_cut(config, source)
     return _write(stage, answers, interests, encode, stats)
+
+
+def stage_key(config: InterestsConfig, workspace: Workspace) -> StageKey:
+    """What the result depends on.
+
+    Raises:
+        WorkspaceError: an earlier stage is missing.
+    """
+    backend, settings = config.backend.resolve(), config.backend.settings("interests.backend")
+    inputs: dict[str, Any] = {
+        name: workspace.stage(name).require().identity for name in ("prepare", "embed", "exemplars")
+    }
+    if (model_files := backend.fingerprint(settings)) is not None:
+        inputs["model_files"] = model_files
+    return StageKey("interests", inputs, config.result_fields())
 
 
 def open_cache(config: InterestsConfig, workspace: Workspace) -> AnswerCache | None:

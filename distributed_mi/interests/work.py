@@ -111,7 +111,6 @@ class Work:
                 len(plan.to_ask),
                 left - len(plan.from_cache),
             )
-        in_process = self.ladder.backend.in_process
         self.ledger.account.replies_from_cache = plan.replies_from_cache
         with track(f"interests ({self.config.backend.name})", left, "exemplars") as bar:
 
@@ -125,11 +124,16 @@ class Work:
 
             finish(plan.from_cache)
             if plan.to_ask:
-                results = self._in_process(plan) if in_process else self._on_actors(plan, start_ray)
-                with closing(results):
+                with closing(self.results(plan, start_ray)) as results:
                     for outcomes, note in results:
                         finish(outcomes, note)
             self._commit()
+
+    def results(self, plan: Plan, start_ray: Callable[[], None]) -> Generator[tuple[list[Outcome], str]]:
+        """Ask; yields what is finished, and a note on the engines."""
+        if self.ladder.backend.in_process:
+            return self._in_process(plan)
+        return self._on_actors(plan, start_ray)
 
     def plan(self) -> Plan:
         """What is done, what the cache has, and what has to be asked."""

@@ -142,7 +142,10 @@ def no_ray() -> None:
 
 
 def make_workspace(path: Path, *, num_users: int = 10, history: int = 6) -> Workspace:
-    """A workspace whose stages prepare, embed and exemplars are complete; every second user is an exemplar."""
+    """A workspace whose stages prepare, embed and exemplars are complete; every second user is an exemplar.
+
+    Histories of several items differ, of single ones they repeat after `NUM_ITEMS` users.
+    """
     workspace = Workspace(str(path))
     prepare = workspace.stage("prepare").open(StageKey("prepare", {}, {"n": num_users}))
     items = [
@@ -163,7 +166,7 @@ def make_workspace(path: Path, *, num_users: int = 10, history: int = 6) -> Work
         {
             "user_index": u,
             "user_id": f"U{u}",
-            "item_indices": [1 + (u + 3 * j) % NUM_ITEMS for j in range(history)],
+            "item_indices": [1 + (u + (3 + u // NUM_ITEMS) * j) % NUM_ITEMS for j in range(history)],
             "timestamps": list(range(history)),
             "num_history": history,
         }

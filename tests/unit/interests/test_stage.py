@@ -342,9 +342,7 @@ def test_errors_are_not_cached(workspace: Workspace, tmp_path: Path, log: Path) 
 
 
 def test_exemplars_with_one_prompt_are_asked_once(tmp_path: Path, log: Path) -> None:
-    workspace = make_workspace(
-        tmp_path / "w", num_users=4 * NUM_ITEMS
-    )  # histories repeat after NUM_ITEMS users
+    workspace = make_workspace(tmp_path / "w", num_users=4 * NUM_ITEMS, history=1)
     manifest = start(scripted(log=str(log), truncate=[2]), workspace)
     assert manifest.rows["answers"] == 2 * NUM_ITEMS
     assert manifest.stats["ledger"]["duplicates"] == 2 * NUM_ITEMS - NUM_ITEMS // 2
