@@ -199,6 +199,10 @@ class DefaultCommandGroup(typer.core.TyperGroup):
             args = ["run", *args]
         return super().resolve_command(ctx, args)
 
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Append the fields that `run` reads."""
+        formatter.write("\n" + field_help(STAGE_TABLES[ctx.info_name]))
+
 
 def _stage_command(name: str) -> None:
     def command(config: ConfigPath, overrides: Overrides = None) -> None:

@@ -28,7 +28,7 @@ from distributed_mi.interests.backends.base import (
 from distributed_mi.interests.config import BackendChoice, InterestsConfig
 from distributed_mi.interests.history import Exemplar
 from distributed_mi.interests.parse import FailureReason, ParsedAnswer, ParseFailure, parse_answer
-from distributed_mi.interests.prompts import prompt_hash, render
+from distributed_mi.interests.prompts import PromptHasher, render
 
 FIRST, CONTINUED, LARGER_BUDGET = "first", "continued", "larger_budget"
 SHORTER_HISTORY, KEYPHRASE = "shorter_history", "keyphrase"
@@ -116,7 +116,8 @@ class Ladder:
         self.backend: type[Backend] = choice.resolve()
         self._settings: Any = choice.settings("interests.backend")
         self.model = self.backend.model_of(self._settings)
-        self._identity = self.backend.identity_of(self._settings)
+        identity = self.backend.identity_of(self._settings)
+        self._hash = PromptHasher(config.template, context.answer_schema, identity)
         self._counter: Callable[[str], int] | None = None
 
     def begin(self, exemplar: Exemplar) -> "Climb":
@@ -160,10 +161,7 @@ class Ladder:
 
     def key(self, request: Request) -> str:
         """Hash of everything that decides the answer to a request."""
-        identity: dict[str, Any] = {**self._identity, "max_answer_tokens": request.max_answer_tokens}
-        if request.prefix:
-            identity["prefix"] = request.prefix
-        return prompt_hash(self.config.template, request.prompt, self.context.answer_schema, identity)
+        return self._hash(request.prompt, max_answer_tokens=request.max_answer_tokens, prefix=request.prefix)
 
 
 class Climb:

@@ -5,6 +5,7 @@ that the ids an answer cites can be checked. The wording of the two fixed parts 
 form of the answer and that names are data.
 """
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,20 +85,22 @@ def render(
     return "\n".join([wording.opening, f"[{', '.join(elements)}]", task])
 
 
-def prompt_hash(template: str, prompt: str, schema: dict[str, Any], identity: dict[str, Any]) -> str:
-    """SHA-256 of everything that decides an answer.
+class PromptHasher:
+    """SHA-256 (hex) of everything that decides an answer.
 
     Args:
         template: key of `TEMPLATES`.
-        prompt: as rendered.
         schema: JSON schema the answer is held to.
-        identity: model, revision and sampling of the backend, and the token limit of this request.
+        identity: model, revision and sampling of the backend.
     """
-    return content_hash(
-        {
-            "template": TEMPLATES[template].version,
-            "prompt": prompt,
-            "schema": schema,
-            "identity": identity,
-        }
-    )
+
+    def __init__(self, template: str, schema: dict[str, Any], identity: dict[str, Any]) -> None:
+        fixed = {"template": TEMPLATES[template].version, "schema": schema, "identity": identity}
+        self._fixed = hashlib.sha256(content_hash(fixed).encode())
+
+    def __call__(self, prompt: str, *, max_answer_tokens: int = 0, prefix: str = "") -> str:
+        """Of one request: prompt as rendered, its token limit, and what the answer begins with already."""
+        whole = self._fixed.copy()
+        # lengths keep the parts apart: no prompt can look like another one with a prefix
+        whole.update(f"{max_answer_tokens} {len(prompt)} {len(prefix)} {prompt}{prefix}".encode())
+        return whole.hexdigest()

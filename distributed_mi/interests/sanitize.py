@@ -7,6 +7,7 @@ not carry invisible characters that a reader of the prompt cannot see.
 import html
 import re
 import unicodedata
+from functools import lru_cache
 
 _CHAT_TOKEN = re.compile(
     r"<[|/\w][^<>\s]{0,40}>|\[/?(?:INST|SYS|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+)\]", re.IGNORECASE
@@ -42,19 +43,25 @@ def printable(text: str, max_chars: int) -> str:
         text: anything.
         max_chars: longest result, in characters; cut at a word where there is one in the last third.
     """
+    if text.isascii() and text.isprintable():  # most titles
+        return _shorten(" ".join(text.split()), max_chars)
     kept = []
     for c in unicodedata.normalize("NFKC", text):
         if c.isspace():
             kept.append(" ")
         elif unicodedata.category(c)[0] != "C" and c != "\ufffd":
             kept.append(c)
-    line = " ".join("".join(kept).split())
+    return _shorten(" ".join("".join(kept).split()), max_chars)
+
+
+def _shorten(line: str, max_chars: int) -> str:
     if len(line) <= max_chars:
         return line
     space = line.rfind(" ", 0, max_chars + 1)
     return line[:space] if space > max_chars * 2 // 3 else line[:max_chars]
 
 
+@lru_cache(maxsize=1 << 16)
 def safe_title(title: str, max_chars: int) -> str:
     """A title that can stand between double quotes inside square brackets in a prompt.
 

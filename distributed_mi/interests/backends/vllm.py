@@ -116,7 +116,7 @@ class VllmBackend(Backend):
             on_gpu["gpu_memory_utilization"] = config.gpu_memory_fraction
         self._sampling_class, self._structured_class = SamplingParams, StructuredOutputsParams
         self._final_only = RequestOutputKind.FINAL_ONLY
-        llm = LLM(
+        self.llm = LLM(
             config.model,
             revision=config.revision,
             tokenizer_revision=config.revision,
@@ -134,9 +134,9 @@ class VllmBackend(Backend):
             structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
             **on_gpu,
         )
-        self._tokenizer: Any = llm.get_tokenizer()
+        self._tokenizer: Any = self.llm.get_tokenizer()
         # `LLM.generate` waits for the whole batch; its engine takes and gives single prompts
-        self._engine: Any = llm.llm_engine
+        self._engine: Any = self.llm.llm_engine
         self._users: set[int] = set()
         self._refused: list[Response] = []
 

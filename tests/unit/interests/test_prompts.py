@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distributed_mi.interests.history import Exemplar, HistoryItem, build_exemplar
-from distributed_mi.interests.prompts import TEMPLATES, prompt_hash, render
+from distributed_mi.interests.prompts import TEMPLATES, PromptHasher, render
 from distributed_mi.interests.sanitize import printable, safe_title
 
 HOSTILE = [
@@ -105,15 +105,19 @@ def test_history_keeps_the_newest_distinct_items_in_order() -> None:
 
 def test_hash_depends_on_everything_that_decides_an_answer() -> None:
     schema, identity = {"type": "object"}, {"model": "m", "temperature": 0.0}
-    base = prompt_hash("paper", "p", schema, identity)
-    assert base == prompt_hash("paper", "p", dict(schema), dict(identity))
+    base = PromptHasher("paper", schema, identity)("p", max_answer_tokens=5)
+    assert base == PromptHasher("paper", dict(schema), dict(identity))("p", max_answer_tokens=5)
     others = {
-        prompt_hash("paper", "q", schema, identity),
-        prompt_hash("paper", "p", {"type": "array"}, identity),
-        prompt_hash("paper", "p", schema, {**identity, "temperature": 0.3}),
-        prompt_hash("paper", "p", schema, {**identity, "model": "n"}),
+        PromptHasher("paper", schema, identity)("q", max_answer_tokens=5),
+        PromptHasher("paper", schema, identity)("p", max_answer_tokens=6),
+        PromptHasher("paper", schema, identity)("p", max_answer_tokens=5, prefix="q"),
+        PromptHasher("paper", schema, identity)("pq", max_answer_tokens=5),
+        PromptHasher("language", schema, identity)("p", max_answer_tokens=5),
+        PromptHasher("paper", {"type": "array"}, identity)("p", max_answer_tokens=5),
+        PromptHasher("paper", schema, {**identity, "temperature": 0.3})("p", max_answer_tokens=5),
+        PromptHasher("paper", schema, {**identity, "model": "n"})("p", max_answer_tokens=5),
     }
-    assert len(others | {base}) == 5
+    assert len(others | {base}) == 9
     assert len(base) == 64
 
 

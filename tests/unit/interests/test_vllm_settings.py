@@ -1,7 +1,7 @@
 """What the vLLM backend asks of the engine, on a stand-in for the library that keeps its arguments."""
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,12 +19,15 @@ def engines(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         def __init__(self, model: str, **settings: Any) -> None:
             started.append({"model": model, **settings})
 
+        llm_engine = None
+
         def get_tokenizer(self) -> None:
             return None
 
     vllm, sampling = ModuleType("vllm"), ModuleType("vllm.sampling_params")
     vllm.LLM, vllm.SamplingParams = LLM, object  # type: ignore[attr-defined]
     sampling.StructuredOutputsParams = object  # type: ignore[attr-defined]
+    sampling.RequestOutputKind = SimpleNamespace(FINAL_ONLY=2)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm", vllm)
     monkeypatch.setitem(sys.modules, "vllm.sampling_params", sampling)
     # The real variables would stay in this process, OMP_NUM_THREADS among them.
