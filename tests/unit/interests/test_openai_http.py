@@ -24,8 +24,11 @@ from distributed_mi.interests.answer import answer_model, json_schema
 from distributed_mi.interests.backends import openai_http
 from distributed_mi.interests.backends.base import BackendContext, Request, Response
 from distributed_mi.interests.backends.openai_http import OpenAIHttpBackend, seconds_to_wait
+from distributed_mi.interests.config import InterestsConfig
 from distributed_mi.interests.history import Exemplar, HistoryItem
+from distributed_mi.interests.stage import run
 from tests.fake_openai import Call, FakeOpenAI, Reply, completion, error, good_answer
+from tests.unit.interests.fakes import encode, make_workspace, no_ray
 
 SCHEMA = json_schema(
     answer_model(max_interests=3, max_interest_chars=40, max_items_per_interest=5, max_item_index=30)
@@ -844,3 +847,46 @@ def test_closing_drops_what_is_under_way(server: FakeOpenAI, make: Make) -> None
     started = time.monotonic()
     backend.close()
     assert time.monotonic() - started < 0.9
+
+
+# The whole stage.
+
+
+def stage_config(server: FakeOpenAI, **settings: Any) -> InterestsConfig:
+    backend = {
+        "name": "openai_http",
+        "model": "m",
+        "base_url": server.url,
+        "api_key_env": "MY_KEY",
+        **settings,
+    }
+    return InterestsConfig(backend=backend, commit_every=4)
+
+
+def test_the_stage_asks_a_server_and_keeps_no_key(
+    server: FakeOpenAI, key: str, waits: list[float], tmp_path: Path
+) -> None:
+    workspace = make_workspace(tmp_path / "w", num_users=40)
+    server.script = at_first(Reply(429, error("slow down")))
+    manifest = run(stage_config(server), workspace, encode=encode, start_ray=no_ray)
+    assert manifest.stats["steps"]["first"] == 20
+    assert manifest.stats["num_answer_tokens"] == 20 * 7
+    assert len(server.calls) == 40
+    answers = workspace.stage("interests").read("answers", "answers").to_pylist()
+    assert {(r["backend"], r["model"]) for r in answers} == {("openai_http", "m")}
+    stored = [p.read_bytes() for p in (tmp_path / "w").rglob("*") if p.is_file()]
+    stored += [repr(answers).encode(), manifest.to_json()]
+    assert not any(key.encode() in data for data in stored)
+
+
+def test_the_stage_stops_on_a_wrong_key_and_another_address_needs_no_new_answers(
+    server: FakeOpenAI, key: str, waits: list[float], tmp_path: Path
+) -> None:
+    workspace = make_workspace(tmp_path / "w", num_users=40)
+    server.script = lambda call: Reply(401, error("no")) if len(server.calls) > 12 else good_answer(call)
+    config = stage_config(server, concurrency=1)
+    with pytest.raises(StageError, match="401 Unauthorized"):
+        run(config, workspace, encode=encode, start_ray=no_ray)
+    with FakeOpenAI().running() as other:
+        run(stage_config(other), workspace, encode=encode, start_ray=no_ray)
+    assert len(other.calls) <= 20 - 8, "what was committed is not asked for again"

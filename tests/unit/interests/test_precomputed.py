@@ -11,15 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from distributed_mi.core.artifacts import Workspace
 from distributed_mi.core.config import content_hash
 from distributed_mi.core.errors import InputError
 from distributed_mi.interests.backends.base import BackendContext, Request, Response
 from distributed_mi.interests.backends.precomputed import PrecomputedBackend
+from distributed_mi.interests.config import InterestsConfig
 from distributed_mi.interests.history import Exemplar, HistoryItem, build_exemplar
 from distributed_mi.interests.parse import ParsedAnswer, parse_answer
 from distributed_mi.interests.source import Source
-from tests.unit.interests.fakes import make_workspace
+from distributed_mi.interests.stage import run
+from tests.unit.interests.fakes import encode, make_workspace, no_ray
 
 ITEMS = tuple(HistoryItem(i, f"title {i}", item_id=f"B{i}") for i in (1, 2, 3, 4))
 
@@ -460,19 +461,32 @@ def test_evidence_of_real_texts_lies_in_the_histories(dmi_data: Path) -> None:
     assert refused < 0.05 * supported
 
 
-def test_a_workspace_is_answered_from_a_file(tmp_path: Path) -> None:
-    """What the stage hands over is enough to find a user: the outside id arrives in the exemplar."""
-    workspace: Workspace = make_workspace(tmp_path / "workspace")
-    source = Source(workspace, 5)
-    path = tmp_path / "a.jsonl"
+# The whole stage.
+
+
+def test_the_stage_reads_its_answers_from_a_file(tmp_path: Path) -> None:
+    """Users 0 and 40 have the same history, so the same prompt, and answers of their own; user 4 has none."""
+    workspace = make_workspace(tmp_path / "w", num_users=50, history=1)
+    source = Source(workspace, 50)
+    assert source.exemplars[0].history == source.exemplars[40].history
     rows = [
         {"user_id": e.user_id, "interests": [{"text": f"of {u}", "item_ids": [e.history[0].item_id]}]}
         for u, e in source.exemplars.items()
+        if u != 4
     ]
-    path.write_text(lines(rows))
-    made = backend(str(path))
-    for user, exemplar in source.exemplars.items():
-        [response] = made.generate([Request(exemplar, "", 10)])
-        assert json.loads(response.text)["interests"] == [
-            {"text": f"of {user}", "item_ids": [exemplar.history[0].item_index]}
-        ]
+    (tmp_path / "a.jsonl").write_text(lines(rows))
+    config = InterestsConfig(
+        backend={"name": "precomputed", "path": str(tmp_path / "a.jsonl")}, max_failed_fraction=0.05
+    )
+    manifest = run(config, workspace, encode=encode, start_ray=no_ray)
+    assert manifest.stats["failed"] == 1
+    assert manifest.stats["steps"]["first"] == 24
+    stage = workspace.stage("interests")
+    found = stage.read("interests", "interests").to_pylist()
+    texts = {r["user_index"]: (r["text"], r["item_indices"]) for r in found if r["user_index"] != 4}
+    assert texts == {u: (f"of {u}", [e.history[0].item_index]) for u, e in source.exemplars.items() if u != 4}
+    answers = {r["user_index"]: r for r in stage.read("answers", "answers").to_pylist()}
+    assert (answers[0]["backend"], answers[0]["model"]) == ("precomputed", "a.jsonl")
+    assert answers[4]["backend"] == "keyphrase"
+    [failure] = (tmp_path / "w" / "interests" / "failures.jsonl").read_text().splitlines()
+    assert "user 'U4' is not in" in failure
