@@ -9,7 +9,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, replace
 
 import pyarrow as pa
@@ -124,9 +124,14 @@ class Work:
 
             finish(plan.from_cache)
             if plan.to_ask:
-                with closing(self.results(plan, start_ray)) as results:
-                    for outcomes, note in results:
-                        finish(outcomes, note)
+                try:
+                    with closing(self.results(plan, start_ray)) as results:
+                        for outcomes, note in results:
+                            finish(outcomes, note)
+                except BaseException:
+                    with suppress(StageError):  # what ended the run says more
+                        self._commit()  # what is finished was paid for
+                    raise
             self._commit()
 
     def results(self, plan: Plan, start_ray: Callable[[], None]) -> Generator[tuple[list[Outcome], str]]:

@@ -56,6 +56,12 @@ class ScriptedBackend(Backend):
         """An empty list of interests."""
         hang: tuple[int, ...] = ()
         """No answer for a minute, the first time."""
+        always_hang: tuple[int, ...] = ()
+        """No answer for a minute."""
+        too_long: tuple[int, ...] = ()
+        """A response with an error."""
+        delay_s: float = runtime(0.0)
+        """Seconds that each batch takes."""
         log: str = runtime("")
         """Directory in which every answered user leaves a file with one `x` for each answer."""
 
@@ -83,6 +89,9 @@ class ScriptedBackend(Backend):
             raise ValueError("bad prompt in the batch")
         if set(users) & set(c.hang) and self._first_time("hung"):
             time.sleep(60)
+        if set(users) & set(c.always_hang):
+            time.sleep(60)
+        time.sleep(c.delay_s)
         if c.log:
             for user in users:
                 with open(Path(c.log) / f"{user}.user", "a", encoding="utf-8") as stream:
@@ -106,7 +115,7 @@ class ScriptedBackend(Backend):
         ]
         text, finish = json.dumps({"interests": interests}), "stop"
         short = len(request.exemplar.history) <= 3
-        if user in c.refuse and not short:
+        if user in c.too_long or (user in c.refuse and not short):
             return Response(user, num_prompt_tokens=9, finish_reason="error", error="prompt too long")
         if user in c.always_prose or (user in c.prose and not short):
             text = "I would say that this person likes things."

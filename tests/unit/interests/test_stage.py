@@ -15,12 +15,21 @@ import pytest
 
 from distributed_mi.core.artifacts import Manifest, StageRun, Workspace, list_files
 from distributed_mi.core.errors import ConfigError, StageError, UnknownNameError, WorkspaceError
+from distributed_mi.interests.backends.base import Response
 from distributed_mi.interests.config import InterestsConfig
 from distributed_mi.interests.history import Exemplar, HistoryItem
 from distributed_mi.interests.parse import ParsedInterest
 from distributed_mi.interests.stage import _titles_as_interests, run
 from distributed_mi.interests.work import Work
-from tests.unit.interests.fakes import NUM_ITEMS, SCRIPTED, answers_per_user, encode, make_workspace, no_ray
+from tests.unit.interests.fakes import (
+    NUM_ITEMS,
+    SCRIPTED,
+    ScriptedBackend,
+    answers_per_user,
+    encode,
+    make_workspace,
+    no_ray,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -224,9 +233,7 @@ def test_kill_9_of_the_driver_loses_nothing_that_was_committed(workspace: Worksp
     script = f"""
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.interests.config import InterestsConfig
-from distributed_mi.interests.history import Exemplar, HistoryItem
-from distributed_mi.interests.parse import ParsedInterest
-from distributed_mi.interests.stage import _titles_as_interests, run
+from distributed_mi.interests.stage import run
 from tests.unit.interests.fakes import encode, no_ray
 config = InterestsConfig.model_validate_json({config.model_dump_json()!r})
 run(config, Workspace({workspace.url!r}), encode=encode, start_ray=no_ray)
@@ -415,3 +422,25 @@ def test_what_was_cut_is_recorded(workspace: Workspace) -> None:
     assert manifest.stats["titles_shortened"] > 0
     assert manifest.stats["titles_changed"] >= manifest.stats["titles_shortened"]
     assert manifest.stats["items_left_out"] > 0
+
+
+class StopsLate(ScriptedBackend):
+    """Answers one prompt at a time, then finds that its key is wrong."""
+
+    def collect(self) -> list[Response]:
+        if len(self.calls) == 6:
+            raise StageError("401: wrong key")
+        held, self._held = self._held[:1], self._held[1:]
+        return self.generate(held)
+
+
+def test_what_was_answered_before_a_stop_is_kept(workspace: Workspace, log: Path) -> None:
+    name = "tests.unit.interests.test_stage:StopsLate"
+    config = InterestsConfig(backend={"name": name, "log": str(log)}, short_history=3)
+    with pytest.raises(StageError, match="wrong key"):
+        start(config, workspace)
+    assert backend_calls(log) == 6
+    with pytest.raises(StageError, match="wrong key"):
+        start(config, workspace)
+    assert set(answers_per_user(log).values()) == {1}
+    assert backend_calls(log) == 12
