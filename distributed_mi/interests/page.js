@@ -104,7 +104,7 @@
   function attempts(e) {
     const list = e.attempts.map(([name, reason, detail, answer]) => {
       const node = element("li", "", element("b", "", `${words(name)}: ${words(reason)}`));
-      if (detail) node.append(element("p", "", isolated(detail)));
+      if (detail && !answer.trim().startsWith(detail)) node.append(element("p", "", isolated(detail)));
       if (answer) node.append(element("pre", "", ...marked(answer)));
       return node;
     });
@@ -113,7 +113,9 @@
   }
 
   function card(e) {
-    const badge = element("span", e.failed ? "step failed" : `step ${e.step}`, words(e.step));
+    const prompt = e.prompt.map((line) => line.map((n) => pieces[n]).join("), ")).join("\n");
+    const label = words(e.step) + (e.failed ? " after failures" : "");
+    const badge = element("span", e.failed ? "step failed" : `step ${e.step}`, label);
     badge.title = "step of the ladder that gave the answer";
     const node = element(
       "article",
@@ -130,7 +132,7 @@
     if (e.failed) node.append(attempts(e));
     node.append(
       history(e),
-      disclosure("Prompt", element("pre", "", ...marked(e.prompt.map((n) => pieces[n]).join("")))),
+      disclosure("Prompt", element("pre", "", ...marked(prompt))),
       disclosure("Answer as it came", element("pre", "", ...marked(e.answer))),
       element(
         "p",
@@ -140,6 +142,9 @@
         ` · ${number(e.tokens[0])} + ${number(e.tokens[1])} tokens · ${e.seconds} s`,
       ),
     );
+    // A match that stands in the details alone would look like no match.
+    const match = node.querySelector("mark")?.closest("details");
+    if (match) match.open = true;
     return node;
   }
 

@@ -12,7 +12,6 @@ time, so that 10,000 of them stay quick.
 import base64
 import hashlib
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,8 +48,8 @@ _MAX_NAME_CHARS = 300
 _MAX_TEXT_CHARS = 20_000
 
 _IN_SCRIPT = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
-_PROMPT_PIECES = re.compile(r"(?<=\), )|(?<=\n)")
-"""Where a prompt is taken apart: behind each element of its list and each line. Other prompts hold the same pieces."""
+_ELEMENT_END = "), "
+"""Where a line of a prompt is taken apart; other prompts list the same items. `page.js` puts them together again."""
 
 
 def write_page(workspace: Workspace, path: str | None = None, *, limit: int | None = None) -> str:
@@ -164,7 +163,11 @@ class _Page:
         columns = ["user_index", "prompt", "answer", "backend", "model", "step"]
         columns += ["num_prompt_tokens", "num_answer_tokens", "seconds"]
         answers = self.stage.read("answers", "answers", columns=columns, filter=mine)
-        place = {u: n for n, u in enumerate(answers["user_index"].to_pylist())}
+        place = {
+            user: (batch, n)
+            for batch in answers.to_batches()
+            for n, user in enumerate(batch["user_index"].to_pylist())
+        }
         interests: dict[int, list[dict[str, Any]]] = {}
         for row in self.stage.read("interests", "interests", filter=mine).to_pylist():
             interests.setdefault(row["user_index"], []).append(row)
@@ -172,11 +175,12 @@ class _Page:
         failures = self._failures()
         for exemplar in self.shown:
             user = exemplar["user_index"]
-            answer = answers.slice(place[user], 1).to_pylist()[0]
+            batch, n = place[user]
+            answer = batch.slice(n, 1).to_pylist()[0]
             record = self._record(exemplar, answer, histories[user])
             items = self.items.numbers
             record["interests"] = [
-                [_cut(i["text"], _MAX_NAME_CHARS), [items[n] for n in i["item_indices"] if n in items]]
+                [_cut(i["text"], _MAX_NAME_CHARS), [items[j] for j in i["item_indices"] if j in items]]
                 for i in sorted(interests.get(user, []), key=lambda i: i["interest_index"])
             ]
             if self._failed(answer["step"]):
@@ -196,7 +200,9 @@ class _Page:
                 self.items.number(i.item_index, [i.item_index, _cut(i.title, _MAX_NAME_CHARS)])
                 for i in history.history
             ],
-            "prompt": [self.pieces.number(p) for p in _PROMPT_PIECES.split(prompt)],
+            "prompt": [
+                [self.pieces.number(p) for p in line.split(_ELEMENT_END)] for line in prompt.split("\n")
+            ],
             "answer": _cut(answer["answer"], _MAX_TEXT_CHARS),
             "backend": answer["backend"],
             "model": _cut(answer["model"], _MAX_NAME_CHARS),
@@ -206,7 +212,7 @@ class _Page:
         }
 
     def _histories(self, mine: Any) -> dict[int, Exemplar]:
-        """The items that stood in the prompts, from the part of the catalogue that these exemplars know."""
+        """The items that the prompts are made of, from the part of the catalogue that these exemplars know."""
         rows = self.prepare.read(
             "sequences/train", "sequences", columns=["user_index", "item_indices"], filter=mine
         ).to_pylist()
@@ -253,10 +259,10 @@ class _Page:
         facts = [
             ("Exemplars", f"{total:,}", f"for {users:,} users"),
             ("Interests", f"{rows:,}", f"{rows / total:.1f} per exemplar"),
-            ("Failures", f"{failed:,}", f"{failed / total:.1%} of the exemplars"),
+            ("Failures", f"{failed:,}", f"{failed / total:.1%} of all"),
             ("Prompt tokens", f"{tokens[0]:,}", f"{tokens[0] / total:,.0f} per exemplar"),
             ("Answer tokens", f"{tokens[1]:,}", f"{tokens[1] / total:,.0f} per exemplar"),
-            ("Answering", _duration(seconds), f"{seconds / total:,.2f} s per exemplar"),
+            ("Engine time", _duration(seconds), f"{seconds / total:,.2f} s per exemplar"),
         ]
         return "\n".join(
             f"<div><dt>{name}</dt><dd><b>{value}</b> <span>{note}</span></dd></div>"
@@ -355,8 +361,9 @@ def _size_classes(sizes: Sequence[int]) -> list[tuple[str, int]]:
 def _bars(rows: Sequence[tuple[str, int]]) -> str:
     """Rows of a table with a bar each; a bar's length is an attribute, because the policy allows no style attribute."""
     longest = max(n for _, n in rows) or 1
+    widths = [max(100 * n / longest, 0.6 if n else 0.0) for _, n in rows]
     return "\n".join(
         f'<tr><th scope="row">{escape(label)}</th><td><svg viewBox="0 0 100 10" preserveAspectRatio="none" '
-        f'aria-hidden="true"><rect width="{100 * n / longest:.2f}" height="10"/></svg></td><td>{n:,}</td></tr>'
-        for label, n in rows
+        f'aria-hidden="true"><rect width="{width:.2f}" height="10"/></svg></td><td>{n:,}</td></tr>'
+        for (label, n), width in zip(rows, widths, strict=True)
     )
