@@ -23,6 +23,9 @@ from distributed_mi.exemplars.preference import Preference, resolve_preference
 from distributed_mi.exemplars.problem import LocalProblem, Problem, Warm
 from distributed_mi.exemplars.ties import equal_sums, tie_break
 
+_MOSTLY_TIED = 0.5
+"""Share of users in ties above which a second order of breaking them is tried."""
+
 OnRound = Callable[[int, int], None]
 """Called after each round with the number of exemplars and how many users became or ceased to be one."""
 
@@ -236,7 +239,21 @@ def settle(
     recent, converged, rounds = outcome
     if converged:
         chosen = torch.from_numpy(np.flatnonzero(recent[-1])).to(similarities.device)
-        return result(chosen, recent, converged=True, rounds=rounds)
+        found = result(chosen, recent, converged=True, rounds=rounds)
+        if all_tied or float((groups >= 0).float().mean()) <= _MOSTLY_TIED:
+            return found
+        # in a set made of ties the order in which they are broken decides: of two orders the better counts
+        other = settle(
+            problem,
+            preferences_U,
+            damping=damping,
+            max_iter=max_iter,
+            convergence_iter=convergence_iter,
+            all_tied=True,
+            on_round=on_round,
+        )
+        better = other.converged and other.net_similarity > found.net_similarity
+        return other if better else found
     sets = {r.tobytes(): r for r in recent if r.any()}
     candidates = [
         torch.from_numpy(np.flatnonzero(r)).to(similarities.device) for r in reversed(sets.values())
