@@ -1,12 +1,12 @@
 """The interests stage: its engines beside raw vLLM, two engines beside one, and the machinery without any model.
 
-    $ python -m benchmarks.bench_interests throughput --prompts 2000
-    $ python -m benchmarks.bench_interests engines
+    $ python -m tests.tiny_llm tiny-llm
+    $ python -m benchmarks.bench_interests throughput --prompts 2000 --model tiny-llm
+    $ python -m benchmarks.bench_interests engines --model tiny-llm
     $ python -m benchmarks.bench_interests machinery --exemplars 10000
 
-Exemplars have drawn histories with drawn titles. The model is `--model`, a directory that vLLM can load, or a small
-random Qwen2 (two layers, 64 wide): the stage's own work is then as large a share as it can be. Every run is a process
-of its own; seconds begin when the engines are ready and end with the last answer that is committed.
+Exemplars have drawn histories with drawn titles. The smaller the model, the larger the share of the stage's own work.
+Every run is a process of its own; seconds begin when the engines are ready and end with the last committed answer.
 """
 
 import argparse
@@ -308,8 +308,17 @@ def machinery(args: argparse.Namespace) -> None:
     _write(args, "machinery", Table(["exemplars", "s", "rows/s"], rows, found), notes, facts)
 
 
+def _describe(model: str) -> str:
+    """Architecture and size from a model's configuration."""
+    config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+    sizes = ", ".join(
+        f"{config[k]} {k}" for k in ("num_hidden_layers", "hidden_size", "vocab_size") if k in config
+    )
+    return f"{config['architectures'][0]}: {sizes}"
+
+
 def _write(args: argparse.Namespace, name: str, table: Table, notes: str, facts: dict[str, Any]) -> None:
-    model = args.model_name if name != "machinery" else "none"
+    model = args.model_name
     settings = f"{args.prompts:,} prompts of {HISTORY} items, at most {args.max_num_seqs} sequences, seed {args.seed}"
     extra = {**facts, "model": model, "settings": settings, "repeats": args.repeats}
     table = Table(table.header, table.rows, table.samples, extra)
@@ -328,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=[*COMMANDS, "_side"])
     parser.add_argument("--prompts", "--exemplars", type=int, help="by default 2,000, for machinery 10,000")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--model", default="", help="directory; by default a small random one is written")
+    parser.add_argument("--model", default="", help="directory that vLLM can load")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--commit-every", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
@@ -340,13 +349,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "_side":
         print(json.dumps(run_side(args)))
         return 0
-    args.model_name = Path(args.model).name or "random Qwen2, 2 layers, 64 wide"
-    with tempfile.TemporaryDirectory() as folder:
-        if not args.model and args.command != "machinery":
-            from tests.tiny_llm import write_tiny_llm
-
-            args.model = str(write_tiny_llm(Path(folder)))
-        COMMANDS[args.command](args)
+    args.model_name = _describe(args.model) if args.model else "none"
+    if not args.model and args.command != "machinery":
+        parser.error(
+            "--model is needed: a directory that vLLM can load, for example from python -m tests.tiny_llm"
+        )
+    COMMANDS[args.command](args)
     return 0
 
 

@@ -63,3 +63,9 @@ def write_tiny_llm(directory: Path, *, seed: int = 0, max_length: int = 4096) ->
     )
     Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory, safe_serialization=True)
     return directory
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(f"{write_tiny_llm(Path(sys.argv[1]))}\n")
