@@ -150,7 +150,8 @@ class _Measurement:
         populations = self.users.read()
         for p in populations:
             scores, later = self._score(p)
-            per_user[p.name] = scores.own | (self._within(p) if p.name == "exemplars" else {})
+            within = self._within(p) if p.name == "exemplars" else {}
+            per_user[p.name] = scores.own | scores.lift | within
             sections[p.name] = self._section(p, scores, later)
             run.write_table(f"{p.name}/part-0.parquet", _table(p, per_user[p.name]), "per_user")
         report = self._report(sections, per_user["exemplars"])
@@ -160,15 +161,17 @@ class _Measurement:
             "report.md": quality_report.markdown(report, sorted(pictures)).encode(),
             **pictures,
         }
-        facts = ("saw_whole_history", "scores")
+        facts = ("saw_whole_history", "scores", "lift")
         stats = {n: {f: s[f] for f in facts} for n, s in sections.items()} | {"within": report["within"]}
         run.commit(rows={p.name: len(p.users) for p in populations}, stats=stats, top_files=files)
 
     def _score(self, p: Population) -> tuple[SemanticScores, LaterItems]:
         """Semantic scores, and what they were taken over: the later items that have a text."""
         items_VT, row_of = item_vectors(self.embed, {i for x in p.later for i in x}, with_text_only=True)
-        rows = [[row_of[i] for i in items if i in row_of] for items in p.later]
-        later = LaterItems.build(p.users, p.exemplars, rows)
+        rows, history = (
+            [[row_of[i] for i in items if i in row_of] for items in side] for side in (p.later, p.history)
+        )
+        later = LaterItems.build(p.users, p.exemplars, rows, history)
         if not row_of:
             items_VT = np.zeros((0, self.interests.vectors_RT.shape[1]), np.float32)
         scores = semantic_scores(
@@ -200,13 +203,9 @@ class _Measurement:
         """What the report says of a population. Users of one exemplar are drawn together."""
         exemplars = np.asarray(p.exemplars, dtype=np.int64)
         scored = ~np.isnan(scores.own["rank_percentile"])
-        difference = paired_differences(
-            scores.random,
-            scores.own,
-            exemplars,
-            samples=self.settings["bootstrap_samples"],
-            seed=self.settings["seed"],
-        )
+        options = {"samples": self.settings["bootstrap_samples"], "seed": self.settings["seed"]}
+        lift = paired_differences(scores.swapped, scores.own, exemplars, **options)
+        over_random = paired_differences(scores.random, scores.own, exemplars, **options)
         return {
             "saw_whole_history": p.saw_whole_history,
             "caveat": _SEEN[p.name] if p.saw_whole_history else "",
@@ -219,8 +218,9 @@ class _Measurement:
             "later_items_per_user": _mean(later.counts[scored]),
             "interests_per_user": _mean(self.interests.counts[self.interests.places(exemplars[scored])]),
             "scores": self._estimates(scores.own, exemplars),
+            "lift": {d.metric: d.to_dict() for d in lift},
             "random_exemplar": self._estimates(scores.random, exemplars),
-            "over_random_exemplar": {d.metric: d.to_dict() for d in difference},
+            "over_random_exemplar": {d.metric: d.to_dict() for d in over_random},
         }
 
     def _report(self, sections: Mapping[str, Any], exemplars: Mapping[str, Floats]) -> dict[str, Any]:
@@ -266,7 +266,7 @@ def _table(p: Population, per_user: Mapping[str, Floats]) -> pa.Table:
         {
             "user_index": pa.array(p.users, pa.int64()),
             "user_id": pa.array(p.user_ids, pa.string()),
-            "num_history": pa.array(p.num_history, pa.int64()),
+            "num_history": pa.array([len(x) for x in p.history], pa.int64()),
             "num_labels": pa.array([len(x) for x in p.later], pa.int64()),
             "ranked_item_indices": pa.array(
                 [[]] * len(p.users), pa.list_(pa.int64())

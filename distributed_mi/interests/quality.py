@@ -9,10 +9,17 @@ other exemplars; the same item for all of them, so that items that fit everybody
 
 averaged over a user's later items first, then over users. When the interest sets are exchanged at random between the
 exemplars, each rank is equally likely whatever the sets and the items are, so that the levels of `chance` are exact.
-Sets of different sizes are not quite a fair exchange: a user with more interests than the others ranks higher without
-knowing more. Over all exemplars, each counted once, that cancels (active users have more interests and more later
-items, which is why the mean over items comes first). Where users count unequally, as members of large clusters do, it
-need not: compare the users' number of interests with that of all exemplars, which reports state.
+
+Sets of different sizes are no such exchange: more interests give a higher maximum, so that a user with many ranks high
+for any item. Over all exemplars, each counted once, that cancels. Over members it does not, because the exemplars of
+large clusters have more interests than others: GPT-3.5's texts for MovieLens-100K gave members 0.68 without knowing
+anything of them. Therefore each score is also taken of the same interests for the later items of another user, who has
+another exemplar (`swapped`), and
+
+    lift  =  score - swapped score            0 by chance, whatever the sizes of the sets
+
+is the number to compare populations and backends by. Items that the user has are left out of the other's later items,
+as those of the history are left out of its own.
 
 What the score does not see: whether a text reads well, and whether it says why. It rewards words that stand in titles,
 so a method that quotes titles has an advantage over one that describes.
@@ -133,22 +140,58 @@ class LaterItems:
         exemplar_U: int64, `user_index` of the exemplar whose interests each user has: itself, or another.
         rows: int64 `[S]`, rows of the matrix of item vectors, user by user.
         offsets: int64 `[U + 1]`.
+        known: rows of the items that each user has, earlier or later.
     """
 
     user_index_U: Ints
     exemplar_U: Ints
     rows: Ints
     offsets: Ints
+    known: Sequence[Collection[int]]
 
     @classmethod
-    def build(cls, users: Sequence[int], exemplars: Sequence[int], rows: Sequence[Sequence[int]]) -> Self:
-        """From one entry per user; a user may have no later items."""
+    def build(
+        cls,
+        users: Sequence[int],
+        exemplars: Sequence[int],
+        rows: Sequence[Sequence[int]],
+        history: Sequence[Collection[int]] | None = None,
+    ) -> Self:
+        """From one entry per user; a user may have no later items. `history`: rows of the items before them."""
+        before: Sequence[Collection[int]] = history or [()] * len(rows)
         return cls(
             np.asarray(users, dtype=np.int64),
             np.asarray(exemplars, dtype=np.int64),
             np.fromiter((i for r in rows for i in r), dtype=np.int64),
             np.cumsum([0, *(len(r) for r in rows)], dtype=np.int64),
+            [frozenset(r).union(b) for r, b in zip(rows, before, strict=True)],
         )
+
+    def of(self, place: int) -> Ints:
+        """Rows of the later items of one user."""
+        return self.rows[self.offsets[place] : self.offsets[place + 1]]
+
+    def unknown_to(self, place: int, other: int) -> Ints:
+        """Rows of the later items of `other` that the user at `place` does not have."""
+        return np.array([i for i in self.of(other).tolist() if i not in self.known[place]], dtype=np.int64)
+
+    def partners(self, seed: int) -> Ints:
+        """For each user another one with later items and another exemplar, -1 where there is none.
+
+        Users stand in a circle, in an order that depends on the seed and their indices alone; the partner is the next
+        that will do.
+        """
+        found = np.full(len(self.user_index_U), -1, dtype=np.int64)
+        circle = sorted(
+            np.flatnonzero(self.counts).tolist(),
+            key=lambda u: stream(seed, "interests/quality/circle", int(self.user_index_U[u])).random(),
+        )
+        exemplars = self.exemplar_U[circle]
+        for n, u in enumerate(circle):
+            others = np.flatnonzero(np.roll(exemplars, -n) != exemplars[n])
+            if len(others):
+                found[u] = circle[(n + int(others[0])) % len(circle)]
+        return found
 
     @property
     def counts(self) -> Ints:
@@ -203,14 +246,22 @@ class SemanticScores:
 
     Args:
         num_others: N; 0 when there is one exemplar, with which nothing can be compared: then all is NaN.
-        own: metric -> float64 `[U]`, with the interests that are the user's.
-        random: the same with those of one of the others, ranked among the same N + 1: what inheriting from anyone
-            would give. Below chance by what `own` is above it, divided by N.
+        own: metric -> float64 `[U]`, the user's interests for the user's later items.
+        swapped: the same interests for the later items of another user, among the same others; NaN also where no user
+            has another exemplar, or where the user has all items of the other.
+        random: interests of one of the others for the user's later items, ranked among the same N + 1: what inheriting
+            from anyone would give. Below chance by what `own` is above it, divided by N.
     """
 
     num_others: int
     own: dict[str, Floats]
+    swapped: dict[str, Floats]
     random: dict[str, Floats]
+
+    @property
+    def lift(self) -> dict[str, Floats]:
+        """Metric -> own minus swapped; names end in `_lift`."""
+        return {f"{m}_lift": self.own[m] - self.swapped[m] for m in self.own}
 
 
 def semantic_scores(
@@ -224,7 +275,7 @@ def semantic_scores(
     """How well the users' interests fit their later items, in comparison with the interests of random others.
 
     The others of a user depend on seed, user and the list of exemplars only: two backends that answered for the same
-    exemplars are compared with the same others.
+    exemplars are compared with the same others, and with the same swaps.
 
     Args:
         interests: of all exemplars.
@@ -241,26 +292,31 @@ def semantic_scores(
             f"items have vectors {items_VT.shape}, interests {interests.vectors_RT.shape}: widths differ"
         )
     count = max(min(num_others, interests.num_exemplars - 1), 0)
-    own_UM = np.full((len(later.user_index_U), len(SEMANTIC)), np.nan)
-    random_UM = own_UM.copy()
+    found_3UM = np.full((3, len(later.user_index_U), len(SEMANTIC)), np.nan)
     places = interests.places(later.exemplar_U)
+    partners = later.partners(seed)
     for u in np.flatnonzero(later.counts) if count else ():
         others = draw_others(
             interests.num_exemplars, places[u], count, seed=seed, user_index=int(later.user_index_U[u])
         )
         candidates = np.append(places[u], others)
-        own, random = [], []
-        for low in range(later.offsets[u], later.offsets[u + 1], _ITEMS_AT_ONCE):
-            rows = later.rows[low : min(low + _ITEMS_AT_ONCE, later.offsets[u + 1])]
-            scores = interests.scores(candidates, _unit(items_VT[rows]))
-            own.append(rank_scores(scores[:, 0], scores[:, 1:]))
-            random.append(rank_scores(scores[:, 1], np.delete(scores, 1, axis=1)))
-        own_UM[u], random_UM[u] = (np.concatenate(x).mean(axis=0) for x in (own, random))
-    return SemanticScores(
-        count,
-        dict(zip(SEMANTIC, own_UM.T, strict=True)),
-        dict(zip(SEMANTIC, random_UM.T, strict=True)),
-    )
+        own, random = _mean_ranks(interests, candidates, items_VT, later.of(u))
+        found_3UM[0, u], found_3UM[2, u] = own, random
+        if partners[u] >= 0 and len(rows := later.unknown_to(u, partners[u])):
+            found_3UM[1, u] = _mean_ranks(interests, candidates, items_VT, rows)[0]
+    return SemanticScores(count, *(dict(zip(SEMANTIC, f.T, strict=True)) for f in found_3UM))
+
+
+def _mean_ranks(
+    interests: InterestVectors, candidates: Ints, items_VT: NDArray[Any], rows: Ints
+) -> tuple[Floats, Floats]:
+    """Semantic scores of the first and of the second candidate among all, mean over some items, `[M]` each."""
+    sums = np.zeros((2, len(SEMANTIC)))
+    for low in range(0, len(rows), _ITEMS_AT_ONCE):
+        scores = interests.scores(candidates, _unit(items_VT[rows[low : low + _ITEMS_AT_ONCE]]))
+        sums[0] += rank_scores(scores[:, 0], scores[:, 1:]).sum(axis=0)
+        sums[1] += rank_scores(scores[:, 1], np.delete(scores, 1, axis=1)).sum(axis=0)
+    return sums[0] / len(rows), sums[1] / len(rows)
 
 
 def coverage(support: Sequence[Collection[int]], history: Sequence[Collection[int]]) -> Floats:

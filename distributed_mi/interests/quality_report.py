@@ -22,8 +22,11 @@ _WITHIN = {
     "near_duplicates": f"near duplicates (cosine > {NEAR_DUPLICATE:g})",
 }
 _LEGEND = (
-    "Intervals: 95 %, bootstrap over users, those of one exemplar together. rank_percentile: share of the other "
-    "exemplars' interests that fit the user's later items less well, ties counted half; 1 is best."
+    "rank_percentile: share of the other exemplars' interests that fit the user's later items less well, ties counted "
+    "half; 1 is best. swapped: the same interests for the later items of a user with another exemplar. lift: the "
+    "difference, 0 by chance also where interest sets differ in size, as those of members do; compare populations and "
+    "backends by it. random: a random other exemplar's interests for the user's own later items. Intervals: 95 %, "
+    "bootstrap over users, those of one exemplar together; p: two-sided sign flips."
 )
 
 
@@ -31,7 +34,7 @@ def text(report: Mapping[str, Any]) -> str:
     """Plain text for a terminal."""
     parts = [_head(report), "", *_align(_semantic_rows(report)), "", *_notes(report)]
     if report["chance"]:
-        parts += ["", *_align(_random_rows(report))]
+        parts += ["", *_align(_lift_rows(report))]
     return "\n".join([*parts, "", *_align(_within_rows(report)), "", _LEGEND])
 
 
@@ -45,8 +48,8 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     lines = ["# Quality of the interests", "", _head(report), "", *_pipes(_semantic_rows(report)), ""]
     lines += [f"* {note}" for note in _notes(report)]
     if report["chance"]:
-        lines += ["", "Against the interests of a random other exemplar, user by user:", ""]
-        lines += _pipes(_random_rows(report))
+        lines += ["", "Against the same interests for other users' later items:", ""]
+        lines += _pipes(_lift_rows(report))
     lines += ["", "Within an exemplar:", "", *_pipes(_within_rows(report)), "", _LEGEND, ""]
     settings = ", ".join(f"{k} {v}" for k, v in report["settings"].items())
     lines += [f"Settings: {settings}.", ""]
@@ -85,11 +88,19 @@ def _semantic_rows(report: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _random_rows(report: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["rank_percentile", "own interests", "a random exemplar's", "difference", "95 % interval", "p"]]
+def _lift_rows(report: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["rank_percentile", "own", "swapped", "lift", "95 % interval", "p", "users", "random"]]
     for name, section in report["populations"].items():
-        found = section["over_random_exemplar"]["rank_percentile"]
-        rows.append([_marked(name, section), *_difference(found, "value_b", "value_a")])
+        found = section["lift"]["rank_percentile"]
+        random = section["random_exemplar"]["rank_percentile"]["value"]
+        rows.append(
+            [
+                _marked(name, section),
+                *_difference(found, "value_b", "value_a"),
+                f"{found['num_users']:,}",
+                "n/a" if random is None else f"{random:.4f}",
+            ]
+        )
     return rows
 
 
@@ -189,17 +200,18 @@ def plots(report: Mapping[str, Any], per_user: Mapping[str, Mapping[str, Floats]
 def _rank_plot(
     report: Mapping[str, Any], scored: Mapping[str, Any], per_user: Mapping[str, Mapping[str, Floats]]
 ) -> bytes:
-    """Left: means with intervals beside those of a random exemplar's interests. Right: users by their percentile."""
+    """Left: means with intervals, beside those for other users' items. Right: users by their percentile."""
     figure = _figure(10.0, 3.8)
     left, right = figure.subplots(1, 2)
-    sides = (("scores", "own interests", _BLUE, -0.1), ("random_exemplar", "a random exemplar's", _GREY, 0.1))
-    for key, label, colour, shift in sides:
-        found = [s[key]["rank_percentile"] for s in scored.values()]
-        means = np.array([f["value"] for f in found])
-        bands = np.array([f["ci95"] or (f["value"], f["value"]) for f in found])
-        errors = np.abs(bands.T - means)
-        places = np.arange(len(found)) + shift
-        left.errorbar(means, places, xerr=errors, fmt="o", color=colour, capsize=3, label=label)
+    places = np.arange(len(scored))
+    found = [s["scores"]["rank_percentile"] for s in scored.values()]
+    means = np.array([f["value"] for f in found])
+    errors = np.abs(np.array([f["ci95"] or (f["value"], f["value"]) for f in found]).T - means)
+    left.errorbar(means, places, xerr=errors, fmt="o", color=_BLUE, capsize=3, label="own later items")
+    swapped = [s["lift"]["rank_percentile"]["value_a"] for s in scored.values()]
+    left.scatter(
+        [np.nan if v is None else v for v in swapped], places, marker="x", color=_GREY, label="other users'"
+    )
     left.axvline(0.5, color=_ORANGE, linewidth=1.2, label="chance")
     left.set_yticks(np.arange(len(scored)), [_marked(n, s) for n, s in scored.items()])
     left.set_ylim(len(scored) - 0.5, -0.5)

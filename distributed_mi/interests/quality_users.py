@@ -35,7 +35,8 @@ class Population:
     users: list[int] = field(default_factory=list)
     user_ids: list[str] = field(default_factory=list)
     exemplars: list[int] = field(default_factory=list)
-    num_history: list[int] = field(default_factory=list)
+    history: list[list[int]] = field(default_factory=list)
+    """Item indices of each user's events before the later items, oldest first."""
     later: list[list[int]] = field(default_factory=list)
     """Item indices, distinct, none of the history."""
     reason: str = ""
@@ -46,7 +47,7 @@ class Population:
         self.users.append(row["user_index"])
         self.user_ids.append(row["user_id"])
         self.exemplars.append(exemplar)
-        self.num_history.append(num_history)
+        self.history.append(list(events[:num_history]))
         self.later.append(later_items(events, num_history))
 
 

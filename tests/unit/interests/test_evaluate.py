@@ -61,7 +61,7 @@ def test_by_user_cuts_training_sequences_in_time_and_says_that_they_were_seen(by
     assert found["members"].users == [u for u in range(64) if u % 4]
     assert found["newcomers"].users == list(range(64, 80))
     for p in found.values():
-        assert set(p.num_history) == {12}  # four fifths of 15
+        assert {len(x) for x in p.history} == {12}  # four fifths of 15
         for user, later in zip(p.users, p.later, strict=True):
             events = made.events_of(user, 15)
             assert set(later) == set(events[12:]) - set(events[:12])
@@ -71,7 +71,7 @@ def test_leave_one_out_takes_the_labels_of_both_splits(held_out: Workspace) -> N
     found = populations(held_out)
     for p in (found["exemplars"], found["members"]):
         assert not p.saw_whole_history
-        assert set(p.num_history) == {13}
+        assert {len(x) for x in p.history} == {13}
         for user, later in zip(p.users, p.later, strict=True):
             events = made.events_of(user, 15)
             assert set(later) == set(events[13:]) - set(events[:13])
@@ -83,13 +83,15 @@ def test_global_temporal_takes_what_lies_after_the_cuts(tmp_path: Path) -> None:
     found = populations(made.make(tmp_path, "global-temporal"))
     for p in (found["exemplars"], found["members"]):
         assert not p.saw_whole_history
-        for user, num_history, later in zip(p.users, p.num_history, p.later, strict=True):
+        for user, history, later in zip(p.users, p.history, p.later, strict=True):
             events = made.events_of(user, 15)
+            num_history = len(history)
+            assert history == events[:num_history]
             assert num_history == 15 - (4 if user % 3 else 0) - (3 if user % 2 else 0)
             assert set(later) == set(events[num_history:]) - set(events[:num_history])
     newcomers = found["newcomers"]
     assert newcomers.users == list(range(72, 80))  # in validation they have no history, in test they do
-    assert set(newcomers.num_history) == {12}
+    assert {len(x) for x in newcomers.history} == {12}
 
 
 def test_members_have_the_exemplar_of_their_cluster_and_newcomers_the_nearest(by_user: Workspace) -> None:
@@ -159,9 +161,10 @@ def test_planted_topics_make_every_population_better_than_chance(
             if name != "newcomers":  # 16 users, each with one random exemplar
                 low, high = section["random_exemplar"]["rank_percentile"]["ci95"]
                 assert low < 0.5 < high, name
-                over = section["over_random_exemplar"]["rank_percentile"]
-                assert over["difference"] > 0.1, name
-                assert over["p_value"] < 0.05, name
+                for against in ("over_random_exemplar", "lift"):
+                    over = section[against]["rank_percentile"]
+                    assert over["difference"] > 0.1, (name, against)
+                    assert over["p_value"] < 0.05, (name, against)
 
 
 def test_report_of_leave_one_out_has_no_label_and_counts_who_is_left_out(held_out: Workspace) -> None:
@@ -322,6 +325,10 @@ def test_compare_prefers_the_backend_that_knows_the_topics(two_backends: tuple) 
         assert d["difference"] == pytest.approx(values[1] - values[0])
         assert d["difference"] > 0.05, name
         assert section["saw_whole_history"] is (name != "newcomers")
+        lift = section["metrics"]["rank_percentile_lift"]
+        lifts = [r["populations"][name]["lift"]["rank_percentile"]["difference"] for r in reports]
+        if lift["num_users"] == d["num_users"]:
+            assert lift["difference"] == pytest.approx(lifts[1] - lifts[0])
     assert "coverage" in found["populations"]["exemplars"]["metrics"]
     text = render_comparison(json.loads(json.dumps(found, allow_nan=False)))
     assert "A = tests.unit.interests.fakes:ScriptedBackend, B = keyphrase" in text
