@@ -198,11 +198,11 @@ def _non_empty(found: Iterable[tuple[int, tuple[ParsedInterest, ...]]]) -> Inter
     return {user: interests for user, interests in found if interests}
 
 
-def summaries(data: Path, log: Log) -> list[str]:
-    """One sentence about each film of MovieLens-1M, item 1 first; by a model, without any user."""
+def summaries(data: Path, log: Log) -> list[str | None]:
+    """One sentence about each film, by a model without any user, item 1 first; None for a film not in MovieLens-1M."""
     table = pl.read_parquet(data / "llm-text-ml-1m" / "item_texts.parquet")
-    text_of = dict(zip(table["item"].to_list(), table["text"].to_list(), strict=True))
-    return [text_of[item] for item in log.index_of]
+    text_of: dict[str, str] = dict(zip(table["title"].to_list(), table["text"].to_list(), strict=True))
+    return [text_of.get(title) for title in log.titles()]
 
 
 def panel(log: Log, name: str, model: str, saw: str, written: Interests, *, names_support: bool) -> Panel:

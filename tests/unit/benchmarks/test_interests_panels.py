@@ -1,5 +1,6 @@
 """The panels of bench_interests_quality on a few made-up users: what each side saw, and what is left to score."""
 
+import functools
 import json
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import polars as pl
 import pytest
 
 from benchmarks import bench_interests_quality as bench
-from benchmarks import harness, interests_panels
+from benchmarks import harness, interests_panels, interests_rows
 
 USERS, FILMS, EVENTS = 6, 60, 40
 
@@ -72,9 +73,8 @@ def data(tmp_path: Path) -> Path:
         "text": pl.String,
     }
     pl.DataFrame(rows, schema=text_schema).write_parquet(tmp_path / "llm-text-ml-1m" / "user_texts.parquet")
-    pl.DataFrame({"item": items["item"], "text": [f"about {f}" for f in films]}).write_parquet(
-        tmp_path / "llm-text-ml-1m" / "item_texts.parquet"
-    )
+    told = {"item": items["item"], "title": films, "text": [f"about {f}" for f in films]}
+    pl.DataFrame(told)[:-1].write_parquet(tmp_path / "llm-text-ml-1m" / "item_texts.parquet")
     return tmp_path
 
 
@@ -131,27 +131,44 @@ def test_results_state_every_side_and_no_text_of_the_data(
         return users, users[np.arange(len(users)) // 2 * 2]  # pairs; affinity propagation has its own tests
 
     monkeypatch.setattr(bench, "TextEncoder", lambda config, device: FakeEncoder())
-    monkeypatch.setattr(bench, "cluster", halves)
+    monkeypatch.setattr(interests_rows, "cluster", halves)
+    quick = functools.partial(interests_rows.paired_differences, samples=20, permutations=20)
+    monkeypatch.setattr(interests_rows, "paired_differences", quick)
     monkeypatch.setattr(
         "sys.argv", ["bench_interests_quality.py", "--data", str(data), "--out", str(tmp_path / "out")]
     )
     monkeypatch.setattr(harness, "describe_machine", lambda: harness_facts())
     assert bench.main() == 0
     files = {p.name: p.read_text() for p in (tmp_path / "out").iterdir()}
-    assert {n.split("_")[1] for n in files} == {"quality", "transfer"}
-    assert len(files) == 4
-    quality = json.loads(
-        next(t for n, t in files.items() if n.startswith("interests_quality") and "json" in n)
-    )
-    # One panel of 100K; six of 1M with four sides and one with three, against titles and against summaries.
-    assert len(quality["rows"]) == 4 + 2 * (6 * 4 + 3)
-    assert {len(r) for r in quality["rows"]} == {len(quality["header"])}
-    seen = {s["side"]: s["saw_whole_history"] for s in quality["samples"]}
+    assert len(files) == 6
+    results = {n.split("_")[1]: json.loads(t) for n, t in files.items() if n.endswith(".json")}
+    # Seven panels of four sides and one of three; two comparisons in each of the seven, one in the other.
+    rows = {"quality": 7 * 4 + 3, "targets": 7 * 4 + 3 + 7 * 2 + 1, "transfer": 7 * 4 + 3}
+    assert {n: len(r["rows"]) for n, r in results.items()} == rows
+    for result in results.values():
+        assert {len(r) for r in result["rows"]} == {len(result["header"])}
+    seen = {s["side"]: s["saw_whole_history"] for s in results["quality"]["samples"]}
     assert seen["keyphrase, whole"]
     assert not seen["keyphrase, earlier"]
     for name, text in files.items():
         for word in ("storm", "castle", "violin", "Conversely"):
             assert word not in text, name
+
+
+def test_vectors_are_kept_between_runs(tmp_path: Path) -> None:
+    class Counting(FakeEncoder):
+        calls = 0
+
+        def __call__(self, texts: list[str], on_batch: object = None) -> np.ndarray:
+            self.calls += len(texts)
+            return super().__call__(texts)
+
+    encoder = Counting()
+    first = interests_rows.Texts(encoder, ["a b", "c", "a b"], "x", tmp_path / "cache")
+    again = interests_rows.Texts(encoder, ["c", "d", "a b"], "x", tmp_path / "cache")
+    assert encoder.calls == 3
+    np.testing.assert_array_equal(first(["c", "a b"]), again(["c", "a b"]))
+    np.testing.assert_array_equal(again(["d"]), FakeEncoder()(["d"]))
 
 
 def harness_facts() -> dict:
