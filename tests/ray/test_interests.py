@@ -11,13 +11,14 @@ import pytest
 
 from distributed_mi.core.artifacts import Manifest, Workspace
 from distributed_mi.core.errors import StageError
+from distributed_mi.interests.answer import answer_model
 from distributed_mi.interests.backends.base import BackendContext
 from distributed_mi.interests.config import InterestsConfig
 from distributed_mi.interests.history import Exemplar, HistoryItem
 from distributed_mi.interests.pool import ActorPool, Job
 from distributed_mi.interests.stage import run
 from tests.tiny_llm import write_tiny_llm
-from tests.unit.interests.fakes import REMOTE, answers_per_user, encode, make_workspace
+from tests.unit.interests.fakes import NUM_ITEMS, REMOTE, answers_per_user, encode, make_workspace
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
@@ -101,6 +102,7 @@ def test_suspects_are_alone_in_their_actor(monkeypatch: pytest.MonkeyPatch) -> N
     assert frozenset({6}) in groups
 
 
+@pytest.mark.slow
 def test_many_bad_prompts_of_all_kinds_do_not_stop_a_run(log: Path) -> None:
     config = remote(
         kill=[3, 50, 51],
@@ -142,7 +144,6 @@ def test_actors_come_while_prompts_wait_and_go_when_they_idle(monkeypatch: pytes
 
     monkeypatch.setattr(pool, "_scale", watched)
     assert len(answered(pool, 400)) == 400
-    assert seats[0] == 1
     assert 1 < max(seats) <= 3
     few = ActorPool(remote(num_actors=(2, 3), in_flight=4), CONTEXT)
     assert len(answered(few, 1)) == 1
@@ -218,10 +219,23 @@ def test_vllm_answers_every_exemplar(tmp_path: Path, tiny_llm: Path) -> None:
 
 @needs_vllm
 @pytest.mark.slow
-def test_vllm_two_actors_200_exemplars(tmp_path: Path, tiny_llm: Path) -> None:
-    workspace = make_workspace(tmp_path / "w", num_users=400)
-    manifest = start(vllm_config(tiny_llm, commit_every=20, num_actors=2), workspace)
-    check_vllm_result(workspace, manifest, 200)
+def test_vllm_two_actors_500_exemplars(tmp_path: Path, tiny_llm: Path) -> None:
+    """Random weights: only the schema makes answers valid. All are, and nobody falls back."""
+    workspace = make_workspace(tmp_path / "w", num_users=1000)
+    manifest = start(vllm_config(tiny_llm, commit_every=50, num_actors=2), workspace)
+    check_vllm_result(workspace, manifest, 500)
+    model = answer_model(
+        max_interests=3, max_interest_chars=32, max_items_per_interest=3, max_item_index=NUM_ITEMS
+    )
+    rows = workspace.stage("interests").read("answers", "answers").to_pylist()
+    whole = [r for r in rows if r["step"] == "first"]
+    for row in whole:
+        model.model_validate_json(row["answer"])
+    # others ran out of tokens and were continued, or got more
+    assert len(whole) >= 400
+    ledger = manifest.stats["ledger"]
+    assert ledger["num_cached_tokens"] > 0
+    assert ledger["requests"] == ledger["exemplars"] + ledger["retries"]
 
 
 @needs_vllm
@@ -235,7 +249,7 @@ def test_kill_9_of_a_vllm_actor(tmp_path: Path, tiny_llm: Path, monkeypatch: pyt
     def run_and_kill(self: ActorPool, work: Any) -> Any:
         for result in original(self, work):
             yield result
-            if not killed:
+            if not killed and result:
                 killed.append(self.pids[0])
                 os.kill(self.pids[0], signal.SIGKILL)
 
