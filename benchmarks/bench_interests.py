@@ -125,6 +125,7 @@ def vllm_config(model: str, engines: int, max_num_seqs: int) -> InterestsConfig:
         max_items_per_interest=3,
         max_answer_tokens=300,
         max_failed_fraction=1.0,
+        same_script=False,
         num_actors=engines,
     )
 

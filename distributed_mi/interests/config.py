@@ -48,6 +48,9 @@ class InterestsConfig(ConfigModel):
     """Interests kept per exemplar; EIMF keeps 20."""
     max_interest_chars: int = Field(default=120, ge=8)
     """Longest text of one interest, in characters; part of the schema that the answer is held to."""
+    same_script: bool = True
+    """Leave out interests in a script that neither a title of the history nor Latin is written in. Without effect with
+    the template `language`."""
     max_items_per_interest: PositiveInt = 10
     """Item ids that an interest may cite as support in a model's answer."""
     max_history: PositiveInt = 50

@@ -27,7 +27,7 @@ from distributed_mi.interests.backends.base import (
 )
 from distributed_mi.interests.config import BackendChoice, InterestsConfig
 from distributed_mi.interests.history import Exemplar
-from distributed_mi.interests.parse import FailureReason, ParsedAnswer, ParseFailure, parse_answer
+from distributed_mi.interests.parse import FailureReason, ParsedAnswer, ParseFailure, parse_answer, script
 from distributed_mi.interests.prompts import PromptHasher, render
 
 FIRST, CONTINUED, LARGER_BUDGET = "first", "continued", "larger_budget"
@@ -99,7 +99,15 @@ def read_answer(
         [i.item_index for i in shown.history],
         max_interests=config.max_interests,
         max_interest_chars=config.max_interest_chars,
+        scripts=_scripts(shown, config),
     )
+
+
+def _scripts(exemplar: Exemplar, config: InterestsConfig) -> frozenset[str] | None:
+    """Scripts that interests may be written in: Latin, and those of the titles; any where a language is asked for."""
+    if config.template == "language" or not config.same_script:
+        return None
+    return frozenset({"LATIN", "", *(script(i.title) for i in exemplar.history)})
 
 
 class Ladder:

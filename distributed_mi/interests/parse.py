@@ -7,6 +7,8 @@ refused.
 
 import json
 import re
+import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -22,6 +24,9 @@ _THINKING = re.compile(r"<think>.*?(?:</think>|\Z)", re.DOTALL)
 _LISTED = re.compile(r"^\s*(?:\d{1,3}[.):]|[-*•])\s+(\S.*)$")
 _CUT_STACKS = ("[", "{[", "{", "{{")
 """Open brackets at which a truncated answer may be cut: between two interests, never inside one of a list."""
+
+
+_EAST_ASIAN = frozenset({"CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO"})
 
 
 class FailureReason(StrEnum):
@@ -67,6 +72,7 @@ class ParsedAnswer:
         refused_ids: cited ids outside the history.
         merged: interests whose text repeated an earlier one.
         dropped: interests without a visible text.
+        foreign: interests in a script that nobody asked for.
         over_limit: interests beyond the limit.
     """
 
@@ -76,10 +82,16 @@ class ParsedAnswer:
     merged: int = 0
     dropped: int = 0
     over_limit: int = 0
+    foreign: int = 0
 
 
 def parse_answer(
-    text: str, history: Collection[int], *, max_interests: int, max_interest_chars: int
+    text: str,
+    history: Collection[int],
+    *,
+    max_interests: int,
+    max_interest_chars: int,
+    scripts: frozenset[str] | None = None,
 ) -> ParsedAnswer | ParseFailure:
     """Read an answer.
 
@@ -88,6 +100,7 @@ def parse_answer(
         history: ids that were in the prompt.
         max_interests: kept at most.
         max_interest_chars: longest text kept, in characters.
+        scripts: that an interest may be written in, as `script` names them; None: any.
     """
     body = _THINKING.sub("", text[:_MAX_ANSWER_CHARS]).strip()
     if not body:
@@ -102,7 +115,23 @@ def parse_answer(
         entries = _entries(value)
         if entries is None:
             return ParseFailure(FailureReason.NO_LIST, body[:200])
-    return _check(entries, frozenset(history), truncated, max_interests, max_interest_chars)
+    return _check(entries, frozenset(history), truncated, max_interests, max_interest_chars, scripts)
+
+
+def script(text: str) -> str:
+    """The script of most letters of a text: LATIN, CYRILLIC, ARABIC, ...; "" for a text without letters.
+
+    Chinese, Japanese and Korean share theirs: EAST ASIAN.
+    """
+    if text.isascii():
+        return "LATIN" if any(c.isalpha() for c in text) else ""
+    names = Counter(unicodedata.name(c, "?").split(" ")[0].split("-")[0] for c in text if c.isalpha())
+    if not names:
+        return ""
+    merged: Counter[str] = Counter()
+    for name, count in names.items():
+        merged["EAST ASIAN" if name in _EAST_ASIAN else name] += count
+    return merged.most_common(1)[0][0]
 
 
 def _check(
@@ -111,15 +140,19 @@ def _check(
     truncated: bool,
     max_interests: int,
     max_chars: int,
+    scripts: frozenset[str] | None,
 ) -> ParsedAnswer | ParseFailure:
     texts: dict[str, str] = {}
     support: dict[str, dict[int, None]] = {}
-    refused = merged = dropped = 0
+    refused = merged = dropped = foreign = 0
     for raw, ids in entries:
         text = printable(raw, max_chars)
         key = "".join(c for c in text.casefold() if c.isalnum())
         if not key:
             dropped += 1
+            continue
+        if scripts is not None and script(text) not in scripts:
+            foreign += 1
             continue
         merged += key in texts
         texts.setdefault(key, text)
@@ -127,7 +160,10 @@ def _check(
         refused += len(ids) - len(known)
         support.setdefault(key, {}).update(dict.fromkeys(known))
     if entries and not texts:
-        return ParseFailure(FailureReason.NO_USABLE_INTEREST, f"{dropped} interests without a visible text")
+        return ParseFailure(
+            FailureReason.NO_USABLE_INTEREST,
+            f"{dropped} interests without a visible text, {foreign} in another script than the titles",
+        )
     kept = list(texts)[:max_interests]
     return ParsedAnswer(
         interests=tuple(ParsedInterest(texts[k], tuple(support[k])) for k in kept),
@@ -135,6 +171,7 @@ def _check(
         refused_ids=refused,
         merged=merged,
         dropped=dropped,
+        foreign=foreign,
         over_limit=len(texts) - len(kept),
     )
 

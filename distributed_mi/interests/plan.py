@@ -88,7 +88,8 @@ def _estimate(
     if ask:
         past, how = _ask(work, plan, sample, start_ray), f"a sample of {len(sample)}"
     expected = Account(exemplars=len(asked_for))
-    per_exemplar = past.requests / past.exemplars if past.exemplars else 1.0
+    asked = past.requests - past.retries  # exemplars; others came from a cache
+    per_exemplar = past.requests / asked if asked else 1.0
     expected.requests = round(per_exemplar * len(asked_for))
     expected.num_prompt_tokens = round(float(np.mean(lengths)) * expected.requests)
     if past.requests:

@@ -136,7 +136,7 @@ def _read_interests(
                     f"interests: the stored answer of user_index {user} reads as {parsed.reason}"
                 )
             parsed = ParsedAnswer(())
-        for name in ("truncated", "refused_ids", "merged", "dropped", "over_limit"):
+        for name in ("truncated", "refused_ids", "merged", "dropped", "foreign", "over_limit"):
             counts[name] += int(getattr(parsed, name))
         found = parsed.interests or _titles_as_interests(exemplar, config)
         counts["answered_by_titles"] += not parsed.interests

@@ -187,6 +187,7 @@ def vllm_config(model: Path, **fields: Any) -> InterestsConfig:
         max_interest_chars=32,
         max_items_per_interest=3,
         max_failed_fraction=0.0,
+        same_script=False,  # random weights write in any
         **fields,
     )
 

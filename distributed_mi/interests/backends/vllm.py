@@ -30,6 +30,27 @@ from distributed_mi.interests.backends.base import (
 logger = logging.getLogger(__name__)
 
 
+def _why_not_started(config: Any, error: Exception) -> str:
+    """What a user can do about an engine that does not start."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+    text = str(error).lower()
+    where = f"interests.backend: vLLM cannot start {config.model}: {said}"
+    if "cache" in text and ("memory" in text or "larger than" in text):
+        place = "gpu_memory_fraction" if config.gpus_per_engine else "kv_cache_gib"
+        return (
+            f"{where} Lower interests.backend.max_model_len (now {config.max_model_len}) or max_num_seqs (now "
+            f"{config.max_num_seqs}), or raise {place}."
+        )
+    if "gated" in text or "401" in text or "403" in text:
+        return f"{where} The model is gated: accept its terms and set HF_TOKEN, or name a local directory."
+    if isinstance(error, OSError) or "not a local folder" in text or "does not appear to have" in text:
+        offline = (
+            "" if config.allow_download else " Downloads are off (interests.backend.allow_download=false)."
+        )
+        return f"{where}{offline} Name a directory with config.json, a tokenizer and safetensors files."
+    return where
+
+
 def chat_tokens(tokenizer: Any, config: Any, prompt: str) -> list[int]:
     """Token ids of a prompt inside the model's chat template; a model without one gets the plain prompt."""
     if getattr(tokenizer, "chat_template", None) is None:
@@ -116,24 +137,27 @@ class VllmBackend(Backend):
             on_gpu["gpu_memory_utilization"] = config.gpu_memory_fraction
         self._sampling_class, self._structured_class = SamplingParams, StructuredOutputsParams
         self._final_only = RequestOutputKind.FINAL_ONLY
-        self.llm = LLM(
-            config.model,
-            revision=config.revision,
-            tokenizer_revision=config.revision,
-            dtype=config.dtype,
-            max_model_len=config.max_model_len,
-            max_num_seqs=config.max_num_seqs,
-            tensor_parallel_size=config.tensor_parallel_size,
-            distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else "mp",
-            enforce_eager=config.enforce_eager,
-            enable_prefix_caching=True,
-            block_size=32,
-            load_format="safetensors",
-            trust_remote_code=False,
-            seed=config.seed,
-            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
-            **on_gpu,
-        )
+        try:
+            self.llm = LLM(
+                config.model,
+                revision=config.revision,
+                tokenizer_revision=config.revision,
+                dtype=config.dtype,
+                max_model_len=config.max_model_len,
+                max_num_seqs=config.max_num_seqs,
+                tensor_parallel_size=config.tensor_parallel_size,
+                distributed_executor_backend="uni" if config.tensor_parallel_size == 1 else "mp",
+                enforce_eager=config.enforce_eager,
+                enable_prefix_caching=True,
+                block_size=32,
+                load_format="safetensors",
+                trust_remote_code=False,
+                seed=config.seed,
+                structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
+                **on_gpu,
+            )
+        except Exception as error:
+            raise InputError(_why_not_started(config, error)) from error
         self._tokenizer: Any = self.llm.get_tokenizer()
         # `LLM.generate` waits for the whole batch; its engine takes and gives single prompts
         self._engine: Any = self.llm.llm_engine

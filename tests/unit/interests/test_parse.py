@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from distributed_mi.interests.answer import answer_model, json_schema
-from distributed_mi.interests.parse import FailureReason, ParsedAnswer, ParseFailure, parse_answer
+from distributed_mi.interests.parse import FailureReason, ParsedAnswer, ParseFailure, parse_answer, script
 
 HISTORY = [1, 2, 3, 10]
 WHOLE = '{"interests": [{"text": "Jazz", "item_ids": [1, 2]}, {"text": "Noir, \\"dark\\"", "item_ids": [3]}]}'
@@ -182,3 +182,36 @@ def test_schema_limits_everything_that_can_grow() -> None:
     assert sorted(entry["required"]) == ["item_ids", "text"]
     with pytest.raises(ValidationError):
         model.model_validate({"interests": [{"text": "x", "item_ids": [100]}]})
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("jazz 1959", "LATIN"),
+        ("Bücher über Jazz", "LATIN"),
+        ("1959!", ""),
+        ("Джаз и blues", "CYRILLIC"),
+        ("爵士乐", "EAST ASIAN"),
+        ("ジャズのレコード", "EAST ASIAN"),
+        ("재즈 음악", "EAST ASIAN"),
+        ("موسيقى الجاز", "ARABIC"),
+    ],
+)
+def test_the_script_of_a_text(text: str, wanted: str) -> None:
+    assert script(text) == wanted
+
+
+def test_interests_in_a_script_that_nobody_asked_for_are_left_out_and_counted() -> None:
+    text = json.dumps(
+        {"interests": [{"text": "jazz", "item_ids": [1]}, {"text": "Джаз", "item_ids": [1]}]},
+        ensure_ascii=False,
+    )
+    latin = parse_answer(text, [1], max_interests=5, max_interest_chars=50, scripts=frozenset({"LATIN", ""}))
+    assert isinstance(latin, ParsedAnswer)
+    assert ([i.text for i in latin.interests], latin.foreign) == (["jazz"], 1)
+    both = parse_answer(text, [1], max_interests=5, max_interest_chars=50)
+    assert isinstance(both, ParsedAnswer)
+    assert (len(both.interests), both.foreign) == (2, 0)
+    none = parse_answer(text, [1], max_interests=5, max_interest_chars=50, scripts=frozenset({"ARABIC"}))
+    assert isinstance(none, ParseFailure)
+    assert "2 in another script" in none.detail

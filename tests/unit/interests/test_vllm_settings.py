@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from distributed_mi.core.errors import InputError
 from distributed_mi.interests.backends.base import BackendContext
 from distributed_mi.interests.backends.vllm import VllmBackend
 
@@ -68,3 +69,36 @@ def test_downloads_are_off_unless_asked_for() -> None:
         for allowed in (False, True)
     )
     assert (offline["HF_HUB_OFFLINE"], online["HF_HUB_OFFLINE"]) == ("1", "0")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            ValueError(
+                "To serve at least one request with the models's max seq len (4096), (8.00 GiB KV cache is needed, "
+                "which is larger than the available KV cache memory (4.00 GiB). Based on the available memory, the "
+                "estimated maximum model length is 2048."
+            ),
+            ["estimated maximum model length is 2048", "max_model_len (now 4096)", "kv_cache_gib"],
+        ),
+        (
+            ValueError("No available memory for the cache blocks. Try increasing gpu_memory_utilization"),
+            ["No available memory", "max_num_seqs (now 64)"],
+        ),
+        (OSError("nowhere is not a local folder and is not a valid model identifier"), ["Downloads are off"]),
+        (OSError("You are trying to access a gated repo.\nMake sure"), ["gated", "HF_TOKEN"]),
+        (RuntimeError("something else"), ["something else"]),
+    ],
+)
+def test_an_engine_that_does_not_start_says_what_to_do(
+    engines: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, error: Exception, words: list[str]
+) -> None:
+    def fail(*arguments: Any, **settings: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(sys.modules["vllm"], "LLM", fail)
+    with pytest.raises(InputError) as caught:
+        VllmBackend(VllmBackend.Config(model="nowhere"), BackendContext({}, 20, 120))
+    for word in ["nowhere", *words]:
+        assert word in str(caught.value)
