@@ -16,16 +16,13 @@ import pyarrow as pa
 
 from distributed_mi.core.artifacts import Manifest, read_table
 from distributed_mi.core.errors import InputError
+from distributed_mi.core.resampling import sign_flip_p_values
 from distributed_mi.core.schema import TABLES
-from distributed_mi.core.seeding import stream
 from distributed_mi.evaluation import report
 from distributed_mi.evaluation.metrics.base import Floats
 from distributed_mi.evaluation.scoring import intervals
 
 logger = logging.getLogger(__name__)
-
-_CELLS_AT_ONCE = 8_000_000
-"""Signs held in memory at once: 64 MB."""
 
 
 @dataclass(frozen=True)
@@ -197,28 +194,6 @@ def compare_values(
             )
         )
     return out
-
-
-def sign_flip_p_values(differences_UM: Floats, permutations: int, seed: int) -> Floats:
-    """Two-sided p-values of mean differences under random exchange of A and B for each user.
-
-    With no true difference each user's sign is as likely as the other (Fisher's randomisation test; Smucker et al.,
-    CIKM 2007). The observed assignment counts as one of the drawn, so p is at least `1 / (permutations + 1)`.
-
-    Returns:
-        float64 `[M]`.
-    """
-    num_users, num_metrics = differences_UM.shape
-    observed = np.abs(differences_UM.sum(axis=0))
-    tolerance = 1e-12 * np.abs(differences_UM).sum(axis=0)  # equal sums must not differ by rounding
-    generator = stream(seed, "sign-flip")
-    extreme = np.zeros(num_metrics)
-    block = max(1, _CELLS_AT_ONCE // max(num_users, 1))
-    for start in range(0, permutations, block):
-        size = min(block, permutations - start)
-        signs_RU = generator.integers(0, 2, size=(size, num_users), dtype=np.int8) * 2.0 - 1.0
-        extreme += (np.abs(signs_RU @ differences_UM) >= observed - tolerance).sum(axis=0)
-    return (extreme + 1) / (permutations + 1)
 
 
 def mcnemar(a: Floats, b: Floats) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from distributed_mi.core.resampling import sign_flip_p_values
 from distributed_mi.core.seeding import stream
 
 Floats = NDArray[np.float64]
@@ -145,7 +146,10 @@ def paired_differences(
     both = {n: ~np.isnan(a[n]) & ~np.isnan(b[n]) for n in names}
     sides = {n: [np.where(both[n], side[n], np.nan) for side in (a, b)] for n in names}
     found = estimates({n: y - x for n, (x, y) in sides.items()}, groups_U, samples=samples, seed=seed)
-    p_values = _sign_flips({n: y - x for n, (x, y) in sides.items()}, groups_U, permutations, seed)
+    p_values = {}
+    if names:
+        sums_GM, _ = _group_sums(np.stack([y - x for x, y in sides.values()], axis=1), groups_U)
+        p_values = dict(zip(names, sign_flip_p_values(sums_GM, permutations, seed).tolist(), strict=True))
     out = []
     for n in names:
         values = [float(x[both[n]].mean()) if both[n].any() else None for x in sides[n]]
@@ -153,23 +157,3 @@ def paired_differences(
         p = p_values[n] if e.num_users else None
         out.append(Difference(n, values[0], values[1], e.value, e.ci95, p, e.num_users))
     return out
-
-
-def _sign_flips(
-    differences: Mapping[str, Floats], groups_U: Ints | None, permutations: int, seed: int
-) -> dict[str, float]:
-    """Two-sided p-value of each mean difference when either side of a group is as likely to be A."""
-    if not differences:
-        return {}
-    sums_GM, _ = _group_sums(np.stack(list(differences.values()), axis=1), groups_U)
-    num_groups = len(sums_GM)
-    observed_M = np.abs(sums_GM.sum(axis=0))
-    slack_M = 1e-12 * np.abs(sums_GM).sum(axis=0)  # equal sums must not differ by rounding
-    generator = stream(seed, "sign-flip")
-    extreme_M = np.zeros(len(observed_M))
-    step = max(1, _CELLS_AT_ONCE // max(num_groups, 1))
-    for low in range(0, permutations, step):
-        size = (min(step, permutations - low), num_groups)
-        signs_BG = generator.integers(0, 2, size=size, dtype=np.int8) * 2.0 - 1.0
-        extreme_M += (np.abs(signs_BG @ sums_GM) >= observed_M - slack_M).sum(axis=0)
-    return {n: float(p) for n, p in zip(differences, (extreme_M + 1) / (permutations + 1), strict=True)}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distributed_mi.evaluation.compare import sign_flip_p_values
+from distributed_mi.core.resampling import sign_flip_p_values
 from distributed_mi.interests.quality import (
     SEMANTIC,
     InterestVectors,
