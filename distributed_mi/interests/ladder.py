@@ -12,12 +12,13 @@ A truncated answer whose complete interests could be read is used when nothing l
 responses of a cache can be played to it first, and `Climber` can keep a backend busy with many climbs at a time.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from distributed_mi.core.errors import StageError
+from distributed_mi.core.errors import DistributedMIError, StageError
 from distributed_mi.interests.backends.base import (
     Backend,
     BackendContext,
@@ -29,6 +30,8 @@ from distributed_mi.interests.config import BackendChoice, InterestsConfig
 from distributed_mi.interests.history import Exemplar
 from distributed_mi.interests.parse import FailureReason, ParsedAnswer, ParseFailure, parse_answer, script
 from distributed_mi.interests.prompts import PromptHasher, render
+
+logger = logging.getLogger(__name__)
 
 FIRST, CONTINUED, LARGER_BUDGET = "first", "continued", "larger_budget"
 SHORTER_HISTORY, KEYPHRASE = "shorter_history", "keyphrase"
@@ -375,11 +378,20 @@ class Climber:
         )
 
     def _move(self, climb: Climb) -> None:
-        if climb.request is None:
-            self._done.append(climb.outcome)
+        """Ask what a climb wants to ask next, or give it up as done; a request that is not taken in fails alone."""
+        while climb.request is not None:
+            user = climb.exemplar.user_index
+            try:
+                self.backend.submit(climb.request)
+            except DistributedMIError:  # of the backend or of the run, not of this prompt
+                raise
+            except Exception as error:
+                logger.warning("backend %s did not take in user %d: %r", self.ladder.name, user, error)
+                climb.take(Response(user, finish_reason="error", error=repr(error)))
+                continue
+            self._climbs[user] = climb
             return
-        self._climbs[climb.exemplar.user_index] = climb
-        self.backend.submit(climb.request)
+        self._done.append(climb.outcome)
 
 
 def play(climb: Climb, known: Mapping[str, Response]) -> int:

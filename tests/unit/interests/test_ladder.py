@@ -218,6 +218,24 @@ def test_cached_replies_are_played_down_the_whole_ladder() -> None:
     assert len(asked.backend.calls) == calls  # type: ignore[attr-defined]
 
 
+class Picky(ScriptedBackend):
+    """Does not take in whole histories of user 1."""
+
+    def submit(self, request: Request) -> None:
+        if request.user_index == 1 and len(request.exemplar.history) > 3:
+            raise TypeError("no such text")
+        super().submit(request)
+
+
+def test_a_request_that_is_not_taken_in_fails_alone() -> None:
+    outcomes = ladder(backend="tests.unit.interests.test_ladder:Picky").answer(exemplars(3))
+    assert [o.step for o in outcomes] == ["first", "shorter_history", "first"]
+    assert reasons(outcomes[1]) == [("first", "backend_error")]
+    assert "no such text" in outcomes[1].attempts[0].detail
+    alone = ladder(backend="tests.unit.interests.test_ladder:Picky", config={"max_retries": 0})
+    assert [o.failed for o in alone.answer(exemplars(3))] == [False, True, False]
+
+
 def test_what_is_under_way_cannot_be_added_again() -> None:
     asked = ladder()
     asked.add(exemplars(1)[0])
