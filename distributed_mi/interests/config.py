@@ -27,7 +27,7 @@ class Prices(ConfigModel):
     output_per_million: NonNegativeFloat = 0.0
     """A million tokens of answers."""
     engine_hour: NonNegativeFloat = 0.0
-    """An hour of one engine (actor), busy or not."""
+    """An hour of one engine (actor), loading and idling included."""
     kilowatt_hour: NonNegativeFloat = 0.0
     """A kilowatt-hour, where the device reports its energy."""
     currency: str = "USD"

@@ -37,11 +37,14 @@ def _read_powercap(folder: Path) -> dict[str, float]:
 
 
 def _open_nvml() -> Any:
+    """The library, ready to be asked; None without it, without a driver, or without a device."""
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
-    except Exception:  # no library, no driver, or no device: nothing to read
+    except pynvml.NVMLError:
         return None
     return pynvml
 

@@ -42,9 +42,9 @@ class Account:
     """Of them those that the backend did not have to read again."""
     num_answer_tokens: int = 0
     seconds: float = 0.0
-    """From the first prompt to the last answer."""
+    """From the plan of the run to the last committed answer."""
     engine_seconds: float = 0.0
-    """Summed over engines."""
+    """For which engines were held, loading included, summed over engines."""
     joules: float | None = None
     """Of this machine's devices; None where none tells."""
 

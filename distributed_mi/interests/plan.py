@@ -1,6 +1,5 @@
 """What a run of the stage would ask and cost, without running it."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -130,12 +129,12 @@ def _past(work: Work) -> Account:
 def _ask(work: Work, plan: Plan, sample: list[Any], start_ray: Callable[[], None] | None) -> Account:
     """Answer the sample now; what comes goes into the cache."""
     some = Plan(plan.done, (), tuple(sample), 0, {})
-    started, outcomes = time.monotonic(), list[Outcome]()
+    outcomes = list[Outcome]()
     for finished, _ in work.results(some, start_ray or (lambda: None)):
         outcomes += finished
     account = Account()
     account.count(outcomes)
-    account.engine_seconds = time.monotonic() - started
+    account.engine_seconds = work.engine_seconds()
     if work.cache is not None:
         replies = [r for o in outcomes for r in o.replies]
         work.cache.store(replies, work.ledger.backend, work.ledger.model)
@@ -163,8 +162,6 @@ def render(facts: dict[str, Any]) -> str:
         f"  expected cost         {facts['money']:,.4f} {facts['currency']}",
     ]
     seconds = facts["seconds"]
-    time_text = (
-        "unknown: --ask-sample measures it" if seconds is None else f"{seconds:,.0f} s, without starting"
-    )
+    time_text = "unknown: --ask-sample measures it" if seconds is None else f"{seconds:,.0f} s"
     lines.append(f"  expected time         {time_text}")
     return "\n".join(lines)

@@ -108,6 +108,13 @@ class _Seat:
     suspect: bool = False
     """Whether what it holds is under suspicion; then nothing is added to it."""
     since: float = field(default_factory=time.monotonic)
+    began: float | None = None
+    """When it began to load its backend."""
+
+    @property
+    def seconds(self) -> float:
+        """For how long it has had its resources."""
+        return time.monotonic() - self.began if self.began is not None else 0.0
 
     @property
     def head(self) -> Any:
@@ -126,8 +133,8 @@ class ActorPool:
         self.least, self.most = counts if isinstance(counts, tuple) else (counts, counts)
         self.restarts = 0
         """Actors that died and were replaced."""
-        self.engine_seconds = 0.0
-        """Seconds for which actors were there, from their start on."""
+        self._ended_seconds = 0.0
+        """Of actors that are gone."""
         self._barren = 0
         """Deaths since the last answer."""
         self._seats: list[_Seat] = []
@@ -140,6 +147,11 @@ class ActorPool:
     def pids(self) -> list[int]:
         """Process ids of the actors that have started."""
         return [s.pid for s in self._seats if s.pid is not None]
+
+    @property
+    def engine_seconds(self) -> float:
+        """Seconds for which actors had their resources, loading included, summed over actors."""
+        return self._ended_seconds + sum(s.seconds for s in self._seats)
 
     @property
     def state(self) -> str:
@@ -183,6 +195,7 @@ class ActorPool:
 
     def _end(self, seat: _Seat) -> None:
         ray.kill(seat.handle)
+        self._ended_seconds += seat.seconds
         self._seats.remove(seat)
 
     def _send(self) -> None:
@@ -231,6 +244,7 @@ class ActorPool:
         if seat.pid is None:
             seat.pid, seconds, window = value
             seat.window = self.config.in_flight or window
+            seat.began = seat.since - seconds
             logger.info(
                 "backend %s started in %.1f s, process %d", self.config.backend.name, seconds, seat.pid
             )
@@ -270,6 +284,7 @@ class ActorPool:
             )
         self._suspect(held)
         ray.kill(seat.handle)
+        self._ended_seconds += seat.seconds
         self._seats[self._seats.index(seat)] = self._new_seat()
 
     def _suspect(self, held: list[Job]) -> None:

@@ -90,6 +90,8 @@ class Work:
         self._buffer: list[Outcome] = []
         self._shards = 0
         self._started = time.monotonic()
+        self.engine_seconds: Callable[[], float] = lambda: 0.0
+        """Seconds for which engines were held so far, summed over engines."""
 
     def run(self, start_ray: Callable[[], None]) -> None:
         """Answer every exemplar that no shard holds.
@@ -179,6 +181,8 @@ class Work:
         return done
 
     def _in_process(self, plan: Plan) -> Generator[tuple[list[Outcome], str]]:
+        began = time.monotonic()
+        self.engine_seconds = lambda: time.monotonic() - began
         climber = self._climber(self.config.backend)
         window = self.config.in_flight or climber.backend.window
         waiting = iter(plan.to_ask)
@@ -199,6 +203,7 @@ class Work:
         from distributed_mi.interests.pool import ActorPool, Job
 
         pool = ActorPool(self.config, self._context_for(self.config.backend))
+        self.engine_seconds = lambda: pool.engine_seconds
         jobs = [Job(c.exemplar, c.known) for c in plan.to_ask]
         with closing(pool.run(jobs)) as results:
             for outcomes in results:
@@ -256,7 +261,7 @@ class Work:
             ) from error
         account = self.ledger.account
         account.count(outcomes)
-        account.engine_seconds += sum(r.seconds for o in outcomes for r in o.replies)
+        account.engine_seconds = self.engine_seconds()
         account.seconds = time.monotonic() - self._started
         account.joules = self._meter.joules()
         self.ledger.write()

@@ -60,6 +60,8 @@ def test_an_actor_that_dies_amid_a_run_costs_nothing_but_its_window(tmp_path: Pa
     manifest = start(remote(kill_once_at=24, log=str(log), in_flight=8), workspace)
     assert manifest.stats["actor_restarts"] == 1
     assert manifest.stats["steps"]["first"] == 40
+    # two engines, and the one in place of the dead one, were held for some time each
+    assert manifest.stats["ledger"]["engine_seconds"] > 0.0
     answers = workspace.stage("interests").read("answers", "answers")["user_index"].to_pylist()
     assert sorted(answers) == list(range(0, 80, 2))
     calls = answers_per_user(log)
