@@ -284,6 +284,17 @@ def interests_evaluate(config: ConfigPath, overrides: Overrides = None) -> None:
     typer.echo(evaluating.render(report))
 
 
+@interests_app.command("compare")
+def interests_compare(
+    report_a: Annotated[str, typer.Argument(metavar="REPORT", help="report.json of `interests evaluate`")],
+    report_b: Annotated[str, typer.Argument(metavar="REPORT", help="that of another backend's workspace")],
+) -> None:
+    """Compare the interests of two workspaces user by user: paired differences with intervals and p-values."""
+    from distributed_mi.interests import quality_compare
+
+    typer.echo(quality_compare.render_comparison(quality_compare.compare(report_a, report_b)))
+
+
 @interests_app.command("report")
 def interests_report(
     config: ConfigPath,

@@ -62,11 +62,12 @@ def check(workspace: Workspace, log: Path, most_again: int) -> None:
     assert again <= most_again, f"{again} answers were made again"
 
 
+@pytest.mark.parametrize("victim", ["actor", "process"])
 @pytest.mark.parametrize("seed", range(10))
 def test_an_engine_killed_at_a_random_moment(
-    tmp_path: Path, log: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, log: Path, seed: int, victim: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGKILL to the process of an actor, which holds its engine."""
+    """By Ray, or by SIGKILL to the worker process that holds the actor and its engine."""
     workspace = make_workspace(tmp_path / "w", num_users=2 * EXEMPLARS)
     draw, pools = random.Random(seed), list[ActorPool]()
     original = ActorPool.run
@@ -81,7 +82,12 @@ def test_an_engine_killed_at_a_random_moment(
         while not pools or len(pools[0].pids) < ACTORS:
             time.sleep(0.01)
         time.sleep(draw.uniform(0.0, 0.9))
-        os.kill(draw.choice(pools[0].pids), signal.SIGKILL)
+        seat = draw.choice(pools[0]._seats)
+        if victim == "actor":
+            ray.kill(seat.handle)
+        else:
+            assert seat.pid is not None
+            os.kill(seat.pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
