@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distributed_mi.embeddings.counters import TableCounters
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer
 from distributed_mi.embeddings.placement import Modulo, Placement
@@ -55,7 +56,7 @@ class ShardedItemTable(ItemTable):
             placement: who holds which row; None: `Modulo`.
         """
         check_size(num_rows, dim)
-        self.num_rows, self.dim, self.group = num_rows, dim, group
+        self.num_rows, self.dim, self.group, self.counters = num_rows, dim, group, TableCounters()
         self.placement = placement or Modulo(num_rows, group.size)
         device = group.device if device is None else torch.device(device)
         ids = self.placement.owned(group.rank)

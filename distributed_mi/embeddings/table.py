@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from distributed_mi.core.errors import InputError
+from distributed_mi.embeddings.counters import TableCounters
 from distributed_mi.embeddings.optimizer import TableOptimizer
 from distributed_mi.embeddings.storage import RowStore, check_ids, check_topk, split_keys
 
@@ -29,6 +30,8 @@ class ItemTable(ABC):
     """V, padding included."""
     dim: int
     """D."""
+    counters: TableCounters
+    """Of this worker; see `take_counters`."""
 
     @abstractmethod
     def lookup(self, *ids: Tensor) -> list[Tensor]:
@@ -72,6 +75,11 @@ class ItemTable(ABC):
     def zero_grad(self) -> None:
         """Forget the collected gradients."""
 
+    def take_counters(self) -> TableCounters:
+        """What lookups and steps have cost here since the last call. Not collective."""
+        counters, self.counters = self.counters, TableCounters()
+        return counters
+
     @abstractmethod
     def state(self) -> tuple[Tensor, dict[str, Tensor]]:
         """What this worker holds.
@@ -101,7 +109,7 @@ class LocalItemTable(ItemTable):
     ) -> None:
         """Make the table; see `RowStore` for the arguments."""
         check_size(num_rows, dim)
-        self.num_rows, self.dim = num_rows, dim
+        self.num_rows, self.dim, self.counters = num_rows, dim, TableCounters()
         ids = torch.arange(num_rows, dtype=torch.int64)
         self.store = RowStore(ids, dim, seed=seed, std=std, optimizer=optimizer, device=device)
         # Gives the rows a gradient function although the table is no parameter of any module.
