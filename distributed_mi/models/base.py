@@ -130,9 +130,13 @@ class LossTerms:
 
     def total(self, num_users_per_step: int) -> Tensor:
         """This worker's part of the loss; the parts of all workers add up to the loss of the global step."""
+        return self.parts(num_users_per_step).sum()
+
+    def parts(self, num_users_per_step: int) -> Tensor:
+        """This worker's part of each term, `[num_terms]`, those of `mean` first."""
         parts = [v.sum() / num_users_per_step for v in self.mean.values()]
         parts += [v.sum() for v in self.sum.values()]
-        return torch.stack(parts).sum()
+        return torch.stack([part.float() for part in parts])
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ class StepBatches:
         self._cuts = cut_into_parts(self.num_users, group.rank, group.size, parts)
 
     def __call__(self, step: int) -> Sequence[TrainBatch]:
-        """This worker's share of a step; see `loop.StepSource`."""
+        """This worker's share of a step; see `prefetch.StepSource`."""
         share = self.sampler.sample(step, self.group.rank, self.group.size)
         drawn = self.negatives.draw(step)
         log_q_N = drawn.log_q_N if self.negatives.config.log_q else None

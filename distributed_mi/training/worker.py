@@ -196,7 +196,7 @@ def _stats(config: TrainConfig, run: Run, state: TrainState, lines: list[dict[st
         "num_workers": run.group.size,
         "engine": type(run.engine).__name__,
         "table_rows": run.spec.num_rows,
-        "dense_parameters": sum(p.numel() for p in run.model.parameters()),
+        "dense_parameters": run.engine.num_parameters,
         "loss": _loss_summary(losses),
     }
 

@@ -229,7 +229,7 @@ def test_gamma_zero_is_the_backbone_bit_for_bit_through_the_stage(tmp_path: Path
         lines[name] = [{k: v for k, v in line.items() if k not in timings} for line in found]
         dense[name] = load_file(stage.path("model", "dense.safetensors"))
         tables[name] = Path(stage.path("model", "table-00000-of-00001-0000.safetensors")).read_bytes()
-    assert stats["eimf"]["engine"] == stats["remi"]["engine"] == "DeepSpeedEngine"
+    assert stats["eimf"]["engine"] == stats["remi"]["engine"] == "PlainEngine"
     assert lines["eimf"] == lines["remi"]
     assert tables["eimf"] == tables["remi"]
     for parameter, value in dense["remi"].items():
