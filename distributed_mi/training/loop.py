@@ -212,7 +212,9 @@ class Trainer:
         loss = sum(terms.values())
         facts = self._meter.take(seconds, steps).values()
         rate = round(users_per_s, 1)
-        self.log.append("train", self.state, loss=loss, terms=terms, steps=steps, users_per_s=rate, **facts)
+        self.log.append(
+            "train", self.state, loss=loss, terms=terms, steps=steps, users_per_s=rate, costs=facts
+        )
         tracked = {"loss": loss, **{f"loss/{n}": v for n, v in terms.items()}, "users_per_s": rate, **facts}
         self._tracker.log(self.state.step, tracked)
         self.run.bar.advance(steps, self._note(loss, users_per_s, facts))

@@ -51,7 +51,7 @@ class StretchFacts:
 
     def values(self) -> dict[str, float]:
         """Rounded, for a log line."""
-        return {name: round(value, 4) for name, value in vars(self).items()}
+        return {name: float(f"{value:.4g}") for name, value in vars(self).items()}
 
 
 class StretchMeter:
