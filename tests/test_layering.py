@@ -56,7 +56,7 @@ OWNED: dict[str, tuple[str, ...]] = {
     "deepspeed": ("training/zero.py",),
     "faiss": ("serving",),
     "hnswlib": ("serving",),
-    "numba": ("exemplars/kernels.py",),
+    "numba": ("exemplars/kernels.py", "embeddings/kernels.py"),
 }
 """Heavy library -> files or folders that own it: nobody else imports it at module level."""
 

@@ -14,11 +14,13 @@ Shapes:  R rows of this worker, U distinct rows touched in a step, D width.
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distributed_mi.embeddings.config import TableOptimizerConfig
+from distributed_mi.embeddings.gradients import RowGradients
 
 
 class TableOptimizer(ABC):
@@ -26,6 +28,8 @@ class TableOptimizer(ABC):
 
     touches_all_rows: bool = False
     """Whether a step changes rows without gradient too; then `update` gets every row."""
+    has_kernel: bool = False
+    """Whether `kernels.py` has a compiled form of the rule."""
 
     @abstractmethod
     def init_state(self, weight_RD: Tensor) -> dict[str, Tensor]:
@@ -35,7 +39,18 @@ class TableOptimizer(ABC):
     def update(
         self, weight_RD: Tensor, state: dict[str, Tensor], slots_U: Tensor, grad_UD: Tensor, lr: float
     ) -> None:
-        """Change the rows in `slots_U` (distinct) and their state in place."""
+        """Change the rows in `slots_U` (distinct) and their state in place; torch operations, on any device."""
+
+    def apply(self, weight_RD: Tensor, state: dict[str, Tensor], gradients: RowGradients, lr: float) -> None:
+        """`update` for gradients that still have to be added up; on a CPU by the compiled form where there is one."""
+        if gradients.compiled and self.has_kernel:
+            arrays = {name: tensor.numpy() for name, tensor in state.items()}
+            self._run_kernel(weight_RD.numpy(), arrays, gradients.grouped(), lr)
+        else:
+            self.update(weight_RD, state, *gradients.summed(), lr)
+
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+        raise NotImplementedError
 
 
 def make_optimizer(config: TableOptimizerConfig | None = None) -> TableOptimizer:
@@ -55,6 +70,8 @@ def make_optimizer(config: TableOptimizerConfig | None = None) -> TableOptimizer
 class SGD(TableOptimizer):
     """Gradient descent without momentum."""
 
+    has_kernel = True
+
     def init_state(self, weight_RD: Tensor) -> dict[str, Tensor]:
         """No state."""
         return {}
@@ -65,9 +82,16 @@ class SGD(TableOptimizer):
         """`w -= lr g`."""
         weight_RD.index_add_(0, slots_U, grad_UD, alpha=-lr)
 
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+        from distributed_mi.embeddings import kernels
+
+        kernels.sgd(weight_RD, *grouped, lr)
+
 
 class Adagrad(TableOptimizer):
     """Duchi et al. 2011: `s += g^2; w -= lr g / (sqrt(s) + eps)`, number by number."""
+
+    has_kernel = True
 
     def __init__(self, *, eps: float = 1e-10, initial_accumulator: float = 0.0) -> None:
         self.eps, self.initial_accumulator = eps, initial_accumulator
@@ -88,6 +112,11 @@ class Adagrad(TableOptimizer):
         state["sum_of_squares"].index_copy_(0, slots_U, sums)
         weight_RD.index_add_(0, slots_U, grad_UD / sums.sqrt().add_(self.eps), alpha=-lr)
 
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+        from distributed_mi.embeddings import kernels
+
+        kernels.adagrad(weight_RD, state["sum_of_squares"], *grouped, lr, self.eps)
+
 
 class RowAdagrad(Adagrad):
     """Adagrad with one accumulator per row: the mean over the row of its squared gradients."""
@@ -100,9 +129,16 @@ class RowAdagrad(Adagrad):
         """Mean square of each row."""
         return grad_UD.square().mean(dim=1, keepdim=True)
 
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+        from distributed_mi.embeddings import kernels
+
+        kernels.row_adagrad(weight_RD, state["sum_of_squares"][:, 0], *grouped, lr, self.eps)
+
 
 class LazyAdam(TableOptimizer):
     """Adam (Kingma and Ba 2015) on the touched rows, each with its own count of updates."""
+
+    has_kernel = True
 
     def __init__(self, *, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
@@ -133,6 +169,12 @@ class LazyAdam(TableOptimizer):
         step_size_U1 = (lr / (1 - self.beta1**steps_U1)).to(mean.dtype)
         denominator = square.sqrt_().div_(root_correction_U1).add_(self.eps)
         weight_RD.index_add_(0, slots_U, mean.mul_(step_size_U1).div_(denominator), alpha=-1)
+
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+        from distributed_mi.embeddings import kernels
+
+        moments = (state["mean"], state["mean_square"], state["num_updates"])
+        kernels.adam(weight_RD, *moments, *grouped, lr, self.beta1, self.beta2, self.eps)
 
 
 class DenseAdam(LazyAdam):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distributed_mi.core.errors import CheckpointError, InputError
+from distributed_mi.embeddings.gradients import RowGradients
 from distributed_mi.embeddings.initial import normal_rows
 from distributed_mi.embeddings.optimizer import TableOptimizer, make_optimizer
 
@@ -67,28 +68,19 @@ class RowStore:
     def step(self, lr: float) -> None:
         """Apply the collected gradients and forget them."""
         pending, self._pending = self._pending, []
-        if pending:
-            slots_U, grad_UD = self._sum_by_slot(pending)
-        elif self.optimizer.touches_all_rows:
-            slots_U, grad_UD = self.ids_R[:0], self.weight_RD[:0]
-        else:
-            return
         if self.optimizer.touches_all_rows:
-            grad_UD = torch.zeros_like(self.weight_RD).index_add_(0, slots_U, grad_UD)
-            slots_U = torch.arange(len(self.ids_R), device=self.ids_R.device)
-            if self.holds_padding:
-                slots_U, grad_UD = slots_U[1:], grad_UD[1:]
-        if slots_U.numel():
-            self.optimizer.update(self.weight_RD, self.state, slots_U, grad_UD, lr)
+            self._step_all_rows(pending, lr)
+        elif pending:
+            gradients = RowGradients.of(pending, holds_padding=self.holds_padding)
+            self.optimizer.apply(self.weight_RD, self.state, gradients, lr)
 
-    def _sum_by_slot(self, pending: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Distinct touched slots, ascending, without padding, and the sum of each one's gradients."""
-        slots = torch.cat([s for s, _ in pending]) if len(pending) > 1 else pending[0][0]
-        grads = torch.cat([g for _, g in pending]) if len(pending) > 1 else pending[0][1]
-        slots_U, inverse = torch.unique(slots, return_inverse=True)
-        grad_UD = grads.new_zeros((len(slots_U), self.dim)).index_add_(0, inverse, grads)
-        first = 1 if self.holds_padding and slots_U.numel() and int(slots_U[0]) == 0 else 0
-        return slots_U[first:], grad_UD[first:]
+    def _step_all_rows(self, pending: list[tuple[Tensor, Tensor]], lr: float) -> None:
+        grad_RD = torch.zeros_like(self.weight_RD)
+        for slots, grads in pending:
+            grad_RD.index_add_(0, slots, grads)
+        slots_R = torch.arange(len(self.ids_R), device=self.ids_R.device)
+        first = int(self.holds_padding)
+        self.optimizer.update(self.weight_RD, self.state, slots_R[first:], grad_RD[first:], lr)
 
     def tensors(self) -> dict[str, Tensor]:
         """`weight` and the optimizer's state; not copies."""

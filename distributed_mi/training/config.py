@@ -34,6 +34,15 @@ class TableConfig(TableOptimizerConfig):
     """Step size of the rows. None: `train.learning_rate`."""
     init_std: PositiveFloat | None = None
     """Standard deviation of the first values of a row. None: sqrt(2 / dim), as in REMI's code (0.177 at dim 64)."""
+    exchange: Literal["fp32", "bf16"] = "fp32"
+    """Numbers in which rows and row gradients travel between workers. `bf16` halves the bytes and rounds both; rows,
+    sums and optimizer state stay float32."""
+    placement: Literal["modulo", "hashed", "ranges"] = runtime("modulo")
+    """Which worker holds a row: `modulo` (round robin in order of popularity), `hashed`, or `ranges` of neighbouring
+    ids with equal load. Changes no result."""
+    replicated_rows: NonNegativeInt = runtime(0)
+    """Most popular rows of which every worker keeps a copy, trained exactly. Pays where few workers' shards are asked
+    for most; changes no result."""
 
 
 class EngineConfig(ConfigModel):

@@ -17,6 +17,7 @@ from distributed_mi.core.seeding import stream_key
 from distributed_mi.data.batches import EveryPositionSampler, Sampler, Sequences, TrainSampler
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.embeddings.placement import expected_load, make_placement
 from distributed_mi.losses.negatives import NegativeSampler
 from distributed_mi.training.batching import StepBatches
 from distributed_mi.training.checkpoint import CheckpointStore, ModelSpec
@@ -106,7 +107,12 @@ def assemble(
     if owner.requires_semantics:
         semantics = Semantics.read(workspace, num_rows=num_rows, user_index_U=sequences.user_index_U)
     spec = model_spec(config, num_rows, semantics.text_dim if semantics else 0)
-    table = spec.build_table(group, seed=config.seed, std=config.table.init_std)
+    table = spec.build_table(
+        group,
+        seed=config.seed,
+        std=config.table.init_std,
+        **sharding(config, counts_V, group.size),
+    )
     model = spec.build_model(table, seed=stream_key(config.seed, "model") % (1 << 63)).to(group.device)
     engine = build_engine(model, config.engine, learning_rate=config.learning_rate, group=group)
     batches = StepBatches(
@@ -154,6 +160,17 @@ def _sampler(config: TrainConfig, sequences: Sequences, group: WorkerGroup) -> S
             f"{config.engine.accumulation} parts each; a step needs at least {needed}"
         )
     return sampler
+
+
+def sharding(config: TrainConfig, counts_V: np.ndarray, num_workers: int) -> dict[str, Any]:
+    """How the table lies on the workers, as `ModelSpec.build_table` takes it."""
+    ids_per_worker = config.num_users_per_step * config.max_history // num_workers
+    load_V = expected_load(counts_V, ids_per_worker) + config.negatives.num_negatives / len(counts_V)
+    return {
+        "placement": make_placement(config.table.placement, len(counts_V), num_workers, load_V),
+        "replicated_rows": config.table.replicated_rows,
+        "exchange_dtype": torch.bfloat16 if config.table.exchange == "bf16" else torch.float32,
+    }
 
 
 def model_spec(config: TrainConfig, num_rows: int, text_dim: int) -> ModelSpec:
