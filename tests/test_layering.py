@@ -53,7 +53,7 @@ RAY_FILES = frozenset(
 OWNED: dict[str, tuple[str, ...]] = {
     "transformers": ("text",),
     "vllm": ("interests/backends/vllm.py",),
-    "deepspeed": ("training/engine.py",),
+    "deepspeed": ("training/zero.py",),
     "faiss": ("serving",),
     "hnswlib": ("serving",),
     "numba": ("exemplars/kernels.py", "embeddings/kernels.py"),

@@ -10,7 +10,7 @@ interests, T text width.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,24 @@ def _alone(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class PositionTargets:
+    """The item after each position of the histories.
+
+    Args:
+        ids_BL: int64, 0 where there is no target.
+        mask_BL: bool, True where there is one; then the history is real there too.
+        num_targets: of the global step, over all workers and accumulation parts. A loss that means the average over
+            targets gives `sum_L(values) * num_users / num_targets` as its `[B]` values.
+        log_q_BL: log probability of drawing each target as a negative; None: no correction of the logits.
+    """
+
+    ids_BL: Tensor
+    mask_BL: Tensor
+    num_targets: int
+    log_q_BL: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class TrainBatch:
     """One worker's share of a global step.
 
@@ -88,6 +106,8 @@ class TrainBatch:
         gather_offset: position of this worker's first row in what `gather` returns.
         target_log_q_B: log probability of drawing each target as a negative; None: no correction of the logits.
         negative_log_q_N: the same of each negative; given together with `target_log_q_B`.
+        every_position: targets at every position, for models with `target_rule = "every_position"`; then
+            `target_ids_B` is the newest target of each user.
     """
 
     history: HistoryBatch
@@ -98,6 +118,7 @@ class TrainBatch:
     gather_offset: int = 0
     target_log_q_B: Tensor | None = None
     negative_log_q_N: Tensor | None = None
+    every_position: PositionTargets | None = None
 
 
 @dataclass(frozen=True)
@@ -130,9 +151,13 @@ class LossTerms:
 
     def total(self, num_users_per_step: int) -> Tensor:
         """This worker's part of the loss; the parts of all workers add up to the loss of the global step."""
+        return self.parts(num_users_per_step).sum()
+
+    def parts(self, num_users_per_step: int) -> Tensor:
+        """This worker's part of each term, `[num_terms]`, those of `mean` first."""
         parts = [v.sum() / num_users_per_step for v in self.mean.values()]
         parts += [v.sum() for v in self.sum.values()]
-        return torch.stack(parts).sum()
+        return torch.stack([part.float() for part in parts])
 
 
 @dataclass(frozen=True)
@@ -162,6 +187,10 @@ class Recommender(nn.Module):
     """Whether `loss` needs a `SemanticBatch` (then the stages embed, exemplars and interests must have run)."""
     has_loss: ClassVar[bool] = True
     """False for models that are fitted by counting (`fit_counts`) instead of gradient steps."""
+
+    target_rule: ClassVar[Literal["one_position", "every_position"]] = "one_position"
+    """What a training batch asks to predict: one random event of each user, or the event after every position
+    (`TrainBatch.every_position`; for causal encoders)."""
 
     personal: ClassVar[bool] = True
     """False when every history gets the same list, so that there is no interest to name."""

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as pafs
 import torch
 
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.core.errors import ConfigError, InputError
 from distributed_mi.core.progress import track
 from distributed_mi.core.seeding import stream_key
-from distributed_mi.data.batches import Sequences, TrainSampler
+from distributed_mi.data.batches import EveryPositionSampler, Sampler, Sequences, TrainSampler
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.placement import expected_load, make_placement
@@ -27,6 +28,9 @@ from distributed_mi.training.loop import ProgressBar, Run, Trainer, TrainState, 
 from distributed_mi.training.semantics import Semantics
 
 logger = logging.getLogger(__name__)
+
+SEQUENCES_FOLDER = "sequences"
+"""Folder of a run for mapped training sequences; removed when the run is done."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,16 @@ class TrainWorker:
             trainer = Trainer(config, run, fs=workspace.fs, metrics_path=f"{root}/metrics.jsonl")
             state = trainer.train()
         run.store.export(state.best_step, f"{root}/model", run.table)
+        _remove_sequences(workspace, root, group)
         lines = read_metrics(workspace.fs, f"{root}/metrics.jsonl")
         return _stats(config, run, state, lines)
+
+
+def _remove_sequences(workspace: Workspace, root: str, group: WorkerGroup) -> None:
+    """Mapped files of the sequences; who still has them open keeps them until it ends."""
+    folder = f"{root}/{SEQUENCES_FOLDER}"
+    if group.rank == 0 and workspace.fs.get_file_info(folder).type == pafs.FileType.Directory:
+        workspace.fs.delete_dir(folder)
 
 
 class _Silent:
@@ -88,7 +100,8 @@ def assemble(
     """Read the data and build the parts of a run, with their first values; all workers call it."""
     counts_V = train_events(workspace)
     num_rows = len(counts_V)
-    sequences = Sequences.read(workspace, "train")
+    sequences = read_sequences(workspace, root, group)
+    sequences.check_items(num_rows, group.rank, group.size)
     owner = config.model.resolve()
     semantics = None
     if owner.requires_semantics:
@@ -114,8 +127,26 @@ def assemble(
     return Run(model, spec, table, engine, group, batches, validate, store, bar)
 
 
-def _sampler(config: TrainConfig, sequences: Sequences, group: WorkerGroup) -> TrainSampler:
-    sampler = TrainSampler(
+def read_sequences(workspace: Workspace, root: str, group: WorkerGroup) -> Sequences:
+    """The training split: mapped files in a local workspace, in memory from an object store. Collective.
+
+    Args:
+        workspace: with prepare complete.
+        root: folder of the run, where worker 0 puts the files.
+        group: the workers.
+    """
+    if not workspace.is_local:
+        return Sequences.read(workspace, "train")
+    folder = f"{root}/{SEQUENCES_FOLDER}"
+    if group.rank == 0:
+        Sequences.map(workspace, "train", folder)
+    group.barrier()
+    return Sequences.map(workspace, "train", folder, convert=False)
+
+
+def _sampler(config: TrainConfig, sequences: Sequences, group: WorkerGroup) -> Sampler:
+    every = config.model.resolve().target_rule == "every_position"
+    sampler = (EveryPositionSampler if every else TrainSampler)(
         sequences,
         num_users_per_step=config.num_users_per_step,
         max_history=config.max_history,
@@ -213,7 +244,7 @@ def _stats(config: TrainConfig, run: Run, state: TrainState, lines: list[dict[st
         "num_workers": run.group.size,
         "engine": type(run.engine).__name__,
         "table_rows": run.spec.num_rows,
-        "dense_parameters": sum(p.numel() for p in run.model.parameters()),
+        "dense_parameters": run.engine.num_parameters,
         "loss": _loss_summary(losses),
     }
 
