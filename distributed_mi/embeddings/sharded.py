@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distributed_mi.embeddings.catalogue_loss import InterestChoice, full_catalogue_loss
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer
 from distributed_mi.embeddings.placement import Modulo, Placement
@@ -73,6 +74,19 @@ class ShardedItemTable(ItemTable):
         slots, receive = self.group.all_to_all_rows(keys_U.remainder(self.placement.capacity), send)
         rows_UD = _ExchangedRows.apply(self._anchor, slots, self, send, receive)
         return split_rows(rows_UD.index_select(0, inverse), ids)
+
+    def _full_catalogue_loss(
+        self, interests_BKD: Tensor, target_rows_BD: Tensor, choice: InterestChoice, power: float
+    ) -> Tensor:
+        return full_catalogue_loss(
+            interests_BKD,
+            target_rows_BD,
+            store=self.store,
+            group=self.group,
+            anchor=self._anchor,
+            choice=choice,
+            power=power,
+        )
 
     @torch.no_grad()
     def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from distributed_mi.embeddings.initial import normal_rows
 from distributed_mi.embeddings.optimizer import TableOptimizer, make_optimizer
 
 TILE_ROWS = 16_384
-"""Rows scored at once by a top-k."""
+"""Rows scored at once by a top-k, or updated at once when all are."""
 TILE_QUERIES = 512
 """Queries scored at once by a top-k; the tile of scores is 32 MiB."""
 
@@ -55,30 +55,46 @@ class RowStore:
         self.state = self.optimizer.init_state(self.weight_RD)
         self.holds_padding = len(ids_R) > 0 and int(ids_R[0]) == 0
         self._pending: list[tuple[Tensor, Tensor]] = []
+        self._all_RD: Tensor | None = None
 
     def collect(self, slots: Tensor, grads: Tensor) -> None:
         """Remember row gradients until `step`; slots may repeat, their gradients add up."""
         self._pending.append((slots, grads))
 
+    def collect_all(self) -> Tensor:
+        """A gradient `[R, D]` of every row, to add to in place until `step`; then every row is updated.
+
+        Zero when it is asked for first; padding's row is not read.
+        """
+        if self._all_RD is None:
+            self._all_RD = torch.zeros_like(self.weight_RD)
+        return self._all_RD
+
     def zero_grad(self) -> None:
         """Forget the collected gradients."""
         self._pending.clear()
+        self._all_RD = None
 
     def step(self, lr: float) -> None:
         """Apply the collected gradients and forget them."""
         pending, self._pending = self._pending, []
         if pending:
             slots_U, grad_UD = self._sum_by_slot(pending)
-        elif self.optimizer.touches_all_rows:
+        elif self.optimizer.touches_all_rows or self._all_RD is not None:
             slots_U, grad_UD = self.ids_R[:0], self.weight_RD[:0]
         else:
             return
-        if self.optimizer.touches_all_rows:
-            grad_UD = torch.zeros_like(self.weight_RD).index_add_(0, slots_U, grad_UD)
-            slots_U = torch.arange(len(self.ids_R), device=self.ids_R.device)
-            if self.holds_padding:
-                slots_U, grad_UD = slots_U[1:], grad_UD[1:]
-        if slots_U.numel():
+        if self.optimizer.touches_all_rows or self._all_RD is not None:
+            self._step_all(self.collect_all().index_add_(0, slots_U, grad_UD), lr)
+        elif slots_U.numel():
+            self.optimizer.update(self.weight_RD, self.state, slots_U, grad_UD, lr)
+
+    def _step_all(self, grad_RD: Tensor, lr: float) -> None:
+        """Update every row but padding, a tile at a time: what an optimizer holds beside is a few tiles."""
+        self._all_RD = None
+        for at in range(1 if self.holds_padding else 0, len(self.ids_R), TILE_ROWS):
+            grad_UD = grad_RD[at : at + TILE_ROWS]
+            slots_U = torch.arange(at, at + len(grad_UD), device=self.ids_R.device)
             self.optimizer.update(self.weight_RD, self.state, slots_U, grad_UD, lr)
 
     def _sum_by_slot(self, pending: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
