@@ -17,7 +17,8 @@ from torch import Tensor
 from distributed_mi.core.errors import InputError
 from distributed_mi.embeddings.counters import TableCounters
 from distributed_mi.embeddings.optimizer import TableOptimizer
-from distributed_mi.embeddings.storage import RowStore, check_ids, check_topk, split_keys
+from distributed_mi.embeddings.storage import RowStore, check_ids
+from distributed_mi.embeddings.topk import check_topk, local_topk
 
 
 class ItemTable(ABC):
@@ -122,9 +123,9 @@ class LocalItemTable(ItemTable):
         return split_rows(_LocalRows.apply(self._anchor, flat, self.store), ids)
 
     def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `ItemTable.topk`. Never holds more scores than one tile (`storage.TILE_ROWS` by `TILE_QUERIES`)."""
+        """See `ItemTable.topk`."""
         check_topk(queries_QD, k, self.num_rows, self.dim)
-        return split_keys(self.store.topk_keys(queries_QD.detach().float(), k))
+        return local_topk(self.store.weight_RD, self.store.ids_R, queries_QD, k)
 
     def step(self, learning_rate: float) -> None:
         """See `ItemTable.step`."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_mi.core.errors import InputError
-from distributed_mi.embeddings import sharded
+from distributed_mi.embeddings import topk as topk_module
 from distributed_mi.embeddings.checkpoint import load_table, save_table
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.group import WorkerGroup
@@ -164,7 +164,7 @@ def training(group: WorkerGroup, name: str) -> dict[str, float]:
 
 def topk(group: WorkerGroup) -> dict[str, Any]:
     table, local = make_sharded(group), make_table()
-    sharded.QUERIES_PER_ROUND = 3  # several rounds, of which a worker with few queries has fewer
+    topk_module.QUERIES_PER_ROUND = 3  # several rounds, of which a worker with few queries has fewer
     generator = torch.Generator().manual_seed(1)
     whole_numbers = torch.randint(-1, 2, (NUM_ROWS, DIM), generator=generator).float()
     for items in (table, local):
