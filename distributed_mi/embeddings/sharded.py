@@ -19,7 +19,7 @@ from distributed_mi.embeddings.optimizer import TableOptimizer
 from distributed_mi.embeddings.placement import Modulo, Placement
 from distributed_mi.embeddings.storage import RowStore, check_ids
 from distributed_mi.embeddings.table import ItemTable, check_size, split_rows
-from distributed_mi.embeddings.topk import check_topk, sharded_topk
+from distributed_mi.embeddings.topk import TopK, check_topk, sharded_topk
 
 
 class ShardedItemTable(ItemTable):
@@ -73,10 +73,10 @@ class ShardedItemTable(ItemTable):
         rows_UD = _ExchangedRows.apply(self._anchor, slots, self, send, receive)
         return split_rows(rows_UD.index_select(0, inverse), ids)
 
-    def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
         """See `ItemTable.topk`."""
-        check_topk(queries_QD, k, self.num_rows, self.dim)
-        return sharded_topk(self.store.weight_RD, self.store.ids_R, queries_QD, k, self.group)
+        check_topk(interests, k, self.num_rows, self.dim)
+        return sharded_topk(self.store.weight_RD, self.store.ids_R, interests, k, self.group, seen_M2)
 
     def step(self, learning_rate: float) -> None:
         """See `ItemTable.step`; needs no exchange, the gradients are here already."""

@@ -1,128 +1,138 @@
-"""Exact top-k of the rows of an item table, alone or over the shards of a group.
+"""Exact top-k of an item table for users with K interests, alone or over the shards of a group.
 
-Shapes:  R rows held here, D width, Q queries, W workers, t rows of a tile.
+Lists are the same, to the last bit, for any number of users at once, number of workers, placement of the rows and
+device, because the score of an item depends on nothing but its row and the user's interests (`topk_shard`), and lists
+of shards are merged by score and id.
+
+Shapes:  R rows held here, D width, B users, K interests, W workers, M seen pairs.
 """
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from distributed_mi.core.errors import InputError
 from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.embeddings.topk_shard import NO_CANDIDATE, best_keys, cut_seen, shard_topk, split_keys
 
-TILE_ROWS = 16_384
-"""Rows scored at once by a top-k."""
-TILE_QUERIES = 512
-"""Queries scored at once by a top-k; the tile of scores is 32 MiB."""
-QUERIES_PER_ROUND = 4_096
-"""Queries of one worker that a collective top-k handles at once; bounds what every worker gathers."""
+GATHERED_USERS = 16_384
+"""Users of all workers that a collective top-k handles at once; bounds what every worker gathers."""
 
-_LOW_32 = 0xFFFFFFFF
-NO_CANDIDATE = torch.iinfo(torch.int64).min
-"""Key below that of every row: fills up a top-k of a shard with fewer than k rows."""
+
+class TopK(NamedTuple):
+    """The best items of B users, best first, smaller ids first where scores are equal."""
+
+    scores_Bk: Tensor
+    """float32; -inf where a list is short. NaN where the table or a user's interests hold a number that is not
+    finite."""
+    ids_Bk: Tensor
+    """int64; 0 where a list is short."""
+    interests_Bk: Tensor
+    """int64, the interest that gives the score, the first of equals; -1 where a list is short."""
 
 
 @torch.no_grad()
-def local_topk(weight_RD: Tensor, ids_R: Tensor, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """See `ItemTable.topk`; never holds more scores than one tile (`TILE_ROWS` by `TILE_QUERIES`).
+def local_topk(
+    weight_RD: Tensor, ids_R: Tensor, interests: Tensor, k: int, seen_M2: Tensor | None = None
+) -> TopK:
+    """See `ItemTable.topk`.
 
     Args:
-        weight_RD: all rows of the table.
-        ids_R: their ids, ascending.
-        queries_QD: float32.
+        weight_RD: all rows of the table, float32.
+        ids_R: their ids; the row of id 0 is left out.
+        interests: `[B, K, D]` or `[B, D]`.
         k: at most the number of items.
+        seen_M2: int64 pairs (place in B, id) to leave out.
     """
-    return split_keys(_topk_keys(weight_RD, ids_R, queries_QD.detach().float(), k))
+    keys_Bk, chosen_Bk = shard_topk(weight_RD, ids_R, with_interests(interests), k, seen_M2)
+    return _decode(keys_Bk, chosen_Bk)
 
 
 @torch.no_grad()
 def sharded_topk(
-    weight_RD: Tensor, ids_R: Tensor, queries_QD: Tensor, k: int, group: WorkerGroup
-) -> tuple[Tensor, Tensor]:
-    """See `ItemTable.topk`. Every worker scores the queries of all; k candidates per query and shard travel back.
+    weight_RD: Tensor,
+    ids_R: Tensor,
+    interests: Tensor,
+    k: int,
+    group: WorkerGroup,
+    seen_M2: Tensor | None = None,
+) -> TopK:
+    """See `ItemTable.topk`. Every worker ranks its rows for the users of all; k candidates per user and shard return.
 
     Args:
-        weight_RD: rows held by this worker.
-        ids_R: their ids, ascending.
-        queries_QD: float32, this worker's.
+        weight_RD: rows held by this worker, float32.
+        ids_R: their ids.
+        interests: of this worker's users; all workers have the same K.
         k: at most the number of items in all shards.
         group: the workers.
+        seen_M2: as in `local_topk`, of this worker's users.
     """
-    queries_QD = queries_QD.detach().float()
-    mine = -(-len(queries_QD) // QUERIES_PER_ROUND)
-    rounds = max(int(n) for n in group.all_gather_json(mine))
-    parts = [queries_QD[i * QUERIES_PER_ROUND : (i + 1) * QUERIES_PER_ROUND] for i in range(rounds)]
-    keys = [_round(weight_RD, ids_R, part, k, group) for part in parts]
-    return split_keys(torch.cat(keys) if keys else ids_R.new_empty((0, k)))
+    interests_BKD = with_interests(interests)
+    at_once = max(1, GATHERED_USERS // group.size)
+    facts = group.all_gather_json([-(-len(interests_BKD) // at_once), seen_M2 is not None])
+    rounds = max(int(n) for n, _ in facts)
+    if any(has_seen for _, has_seen in facts) and seen_M2 is None:
+        seen_M2 = ids_R.new_empty((0, 2))
+    found = []
+    for low in range(0, max(rounds, 1) * at_once, at_once):
+        part = interests_BKD[low : low + at_once]
+        mine = None if seen_M2 is None else cut_seen(seen_M2, low, low + at_once)
+        found.append(_round(weight_RD, ids_R, part, k, group, mine))
+    return _decode(torch.cat([keys for keys, _ in found]), torch.cat([chosen for _, chosen in found]))
 
 
-def _round(weight_RD: Tensor, ids_R: Tensor, queries_QD: Tensor, k: int, group: WorkerGroup) -> Tensor:
-    everyone = group.all_gather_rows(queries_QD)
-    candidates = _topk_keys(weight_RD, ids_R, torch.cat(everyone), k)
-    received, _ = group.all_to_all_rows(candidates, [len(q) for q in everyone])
-    by_shard_WQk = received.view(group.size, len(queries_QD), k)
-    return by_shard_WQk.transpose(0, 1).reshape(len(queries_QD), group.size * k).topk(k, dim=1).values
+def _round(
+    weight_RD: Tensor,
+    ids_R: Tensor,
+    interests_BKD: Tensor,
+    k: int,
+    group: WorkerGroup,
+    seen_M2: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    everyone = group.all_gather_rows(interests_BKD)
+    counts = [len(q) for q in everyone]
+    if seen_M2 is not None:
+        starts = np.cumsum([0, *counts])
+        parts = [
+            seen + torch.tensor([int(start), 0], device=seen.device)
+            for seen, start in zip(group.all_gather_rows(seen_M2), starts, strict=False)
+        ]
+        seen_M2 = torch.cat(parts)
+    keys, chosen = shard_topk(weight_RD, ids_R, torch.cat(everyone), k, seen_M2)
+    received, _ = group.all_to_all_rows(torch.stack([keys, chosen], dim=1), counts)
+    by_shard_BW2k = received.view(group.size, len(interests_BKD), 2, k).transpose(0, 1)
+    return best_keys(by_shard_BW2k[:, :, 0].flatten(1), by_shard_BW2k[:, :, 1].flatten(1), k)
 
 
-def _topk_keys(weight_RD: Tensor, ids_R: Tensor, queries_QD: Tensor, k: int) -> Tensor:
-    """Keys `[Q, k]` of the best rows held here, descending; `NO_CANDIDATE` where there are fewer than k."""
-    blocks = [_block_keys(weight_RD, ids_R, block, k) for block in queries_QD.split(TILE_QUERIES)]
-    return torch.cat(blocks) if blocks else ids_R.new_empty((0, k))
+def _decode(keys_Bk: Tensor, chosen_Bk: Tensor) -> TopK:
+    scores_Bk, ids_Bk = split_keys(keys_Bk)
+    empty = keys_Bk == NO_CANDIDATE
+    return TopK(
+        scores_Bk.masked_fill(empty, -torch.inf),
+        ids_Bk.masked_fill(empty, 0),
+        chosen_Bk.masked_fill(empty, -1),
+    )
 
 
-def _block_keys(weight_RD: Tensor, ids_R: Tensor, queries_QD: Tensor, k: int) -> Tensor:
-    best_Qk = ids_R.new_full((len(queries_QD), k), NO_CANDIDATE)
-    start = 1 if len(ids_R) and int(ids_R[0]) == 0 else 0
-    for at in range(start, len(ids_R), TILE_ROWS):
-        scores_Qt = queries_QD @ weight_RD[at : at + TILE_ROWS].T
-        found = _tile_topk(scores_Qt, ids_R[at : at + TILE_ROWS], k)
-        best_Qk = torch.cat([best_Qk, found], dim=1).topk(k, dim=1).values
-    return best_Qk
+def with_interests(interests: Tensor) -> Tensor:
+    """Interests of users with one interest, `[B, D]`, as `[B, 1, D]`; others unchanged; float32."""
+    interests = interests.detach().float()
+    return interests.unsqueeze(1) if interests.ndim == 2 else interests
 
 
-def _tile_topk(scores_Qt: Tensor, ids_t: Tensor, k: int) -> Tensor:
-    """Keys of the k best of a tile.
-
-    `torch.topk` breaks ties as it likes, so where the k-th and the next score are equal (rare in trained tables,
-    common in counts) that query is done again on keys, which have no ties.
-    """
-    width = scores_Qt.shape[1]
-    if width <= k:
-        return order_keys(scores_Qt, ids_t.expand_as(scores_Qt))
-    values, places = scores_Qt.topk(k + 1, dim=1)
-    keys_Qk = order_keys(values[:, :k], ids_t[places[:, :k]])
-    tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
-    if tied.numel():
-        part = scores_Qt.index_select(0, tied)
-        keys_Qk[tied] = order_keys(part, ids_t.expand_as(part)).topk(k, dim=1).values
-    return keys_Qk
-
-
-def order_keys(scores: Tensor, ids: Tensor) -> Tensor:
-    """One int64 per candidate that sorts by score, then by smaller id.
-
-    The order-preserving bits of the float32 score stand above, the complement of the id below.
-    """
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 equal
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) | (_LOW_32 - ids)
-
-
-def split_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores float32 and ids int64 of `order_keys`."""
-    ordered = (keys >> 32).to(torch.int32)
-    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    return bits.view(torch.float32), _LOW_32 - (keys & _LOW_32)
-
-
-def check_topk(queries_QD: Tensor, k: int, num_rows: int, dim: int) -> None:
+def check_topk(interests: Tensor, k: int, num_rows: int, dim: int) -> None:
     """Refuse a top-k that has no answer.
 
     Raises:
-        InputError: k is not in 1 .. V - 1, or queries of another width.
+        InputError: k is not in 1 .. V - 1, or interests of another shape.
     """
     if not 1 <= k < num_rows:
         raise InputError(
             f"item table: top-{k} of {num_rows - 1} items; k must be between 1 and {num_rows - 1}"
         )
-    if queries_QD.ndim != 2 or queries_QD.shape[1] != dim:
-        raise InputError(f"item table: queries of shape {tuple(queries_QD.shape)}, must be [Q, {dim}]")
+    if interests.ndim not in (2, 3) or interests.shape[-1] != dim or 0 in interests.shape[1:]:
+        raise InputError(
+            f"item table: interests of shape {tuple(interests.shape)}, must be [B, K, {dim}] or [B, {dim}]"
+        )

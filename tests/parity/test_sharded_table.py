@@ -164,7 +164,9 @@ def training(group: WorkerGroup, name: str) -> dict[str, float]:
 
 def topk(group: WorkerGroup) -> dict[str, Any]:
     table, local = make_sharded(group), make_table()
-    topk_module.QUERIES_PER_ROUND = 3  # several rounds, of which a worker with few queries has fewer
+    topk_module.GATHERED_USERS = (
+        3 * group.size
+    )  # several rounds, of which a worker with few queries has fewer
     generator = torch.Generator().manual_seed(1)
     whole_numbers = torch.randint(-1, 2, (NUM_ROWS, DIM), generator=generator).float()
     for items in (table, local):
@@ -172,8 +174,8 @@ def topk(group: WorkerGroup) -> dict[str, Any]:
     queries = torch.randint(-1, 2, (5 * group.rank, DIM), generator=generator).float()  # worker 0 has none
     same = []
     for k in (1, 7, NUM_ROWS - 1):
-        scores, ids = table.topk(queries, k)
-        expected_scores, expected_ids = local.topk(queries, k)
+        scores, ids, _ = table.topk(queries, k)
+        expected_scores, expected_ids, _ = local.topk(queries, k)
         same.append(torch.equal(ids, expected_ids) and torch.equal(scores, expected_scores))
     return {"same": same, "queries": len(queries)}
 
