@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_mi.core.errors import InputError
-from distributed_mi.embeddings import sharded
+from distributed_mi.embeddings import topk as topk_module
 from distributed_mi.embeddings.checkpoint import load_table, save_table
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.group import WorkerGroup
@@ -199,7 +199,9 @@ def training(group: WorkerGroup, name: str, **options: Any) -> dict[str, float]:
 
 def topk(group: WorkerGroup, **options: Any) -> dict[str, Any]:
     table, local = make_sharded(group, **options), make_table()
-    sharded.QUERIES_PER_ROUND = 3  # several rounds, of which a worker with few queries has fewer
+    topk_module.GATHERED_USERS = (
+        3 * group.size
+    )  # several rounds, of which a worker with few queries has fewer
     generator = torch.Generator().manual_seed(1)
     whole_numbers = torch.randint(-1, 2, (NUM_ROWS, DIM), generator=generator).float()
     for items in (table, local):
@@ -207,8 +209,8 @@ def topk(group: WorkerGroup, **options: Any) -> dict[str, Any]:
     queries = torch.randint(-1, 2, (5 * group.rank, DIM), generator=generator).float()  # worker 0 has none
     same = []
     for k in (1, 7, NUM_ROWS - 1):
-        scores, ids = table.topk(queries, k)
-        expected_scores, expected_ids = local.topk(queries, k)
+        scores, ids, _ = table.topk(queries, k)
+        expected_scores, expected_ids, _ = local.topk(queries, k)
         same.append(torch.equal(ids, expected_ids) and torch.equal(scores, expected_scores))
     return {"same": same, "queries": len(queries)}
 
