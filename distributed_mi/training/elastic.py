@@ -19,11 +19,14 @@ from typing import Any
 from distributed_mi.core.artifacts import resolve_url, write_bytes
 from distributed_mi.core.errors import ConfigError, StageError
 from distributed_mi.training.config import ScalingConfig
+from distributed_mi.training.follow import FileFlag
 
 logger = logging.getLogger(__name__)
 
 POLL_S = 0.2
 """Seconds between two looks at reservations."""
+WATCH_S = 1.0
+"""Seconds between two looks while workers work."""
 SETTLE_S = 3.0
 """Seconds to wait for the most workers once there is room for the least: a group that just ended frees its room bit by
 bit."""
@@ -122,26 +125,41 @@ def wait_for_room(scaling: ScalingConfig, deadline: float) -> int:
 
 
 @contextmanager
-def watching_for_room(scaling: ScalingConfig, workers: int, url: str) -> Iterator[None]:
-    """While `workers` work: keep wanting room for the rest, and write the file `url` once there is some."""
+def watching_for_room(scaling: ScalingConfig, workers: int, started: str, room: str) -> Iterator[None]:
+    """While `workers` work, want room for the rest.
+
+    Args:
+        scaling: the workers.
+        workers: how many of them work.
+        started: URL of a file that is there once they do. Before, the room would be taken from them.
+        room: URL of the file to write once there is room for more.
+    """
     if workers >= scaling.most_workers:
         yield
         return
-    reservations = Reservations(scaling, scaling.most_workers - workers)
     finished = threading.Event()
-    thread = threading.Thread(target=_watch, args=(reservations, url, finished), daemon=True)
+    arguments = (scaling, workers, FileFlag(started), room, finished)
+    thread = threading.Thread(target=_watch, args=arguments, daemon=True)
     thread.start()
     try:
         yield
     finally:
         finished.set()
         thread.join()
-        reservations.release()
 
 
-def _watch(reservations: Reservations, url: str, finished: threading.Event) -> None:
-    fs, path = resolve_url(url)
-    while not finished.wait(5 * POLL_S):
-        if reservations.granted():
-            write_bytes(fs, path, b"{}\n")
+def _watch(
+    scaling: ScalingConfig, workers: int, started: FileFlag, room: str, finished: threading.Event
+) -> None:
+    while not started():
+        if finished.wait(WATCH_S):
             return
+    reservations = Reservations(scaling, scaling.most_workers - workers)
+    try:
+        while not finished.wait(WATCH_S):
+            if reservations.granted():
+                fs, path = resolve_url(room)
+                write_bytes(fs, path, b"{}\n")
+                finished.wait()  # what is reserved is kept until the workers come for it
+    finally:
+        reservations.release()

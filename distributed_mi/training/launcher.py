@@ -193,9 +193,10 @@ def _run_attempts(
         deadline = deadline or time.monotonic() + scaling.start_timeout_s
         workers = wait_for_room(scaling, deadline)
         attempt_folder = f"{folder}/{attempt:04d}"
-        room = {"room": f"{attempt_folder}/room.json"} if workers < scaling.most_workers else {}
-        work = _RayWorker(fn, scaling, payload | room, folder, os.getcwd())
-        with watching_for_room(scaling, workers, f"{attempt_folder}/room.json"):
+        started, room = f"{attempt_folder}/started.json", f"{attempt_folder}/room.json"
+        more = {"room": room} if workers < scaling.most_workers else {}
+        work = _RayWorker(fn, scaling, payload | more, folder, started, os.getcwd())
+        with watching_for_room(scaling, workers, started, room):
             result, failure = _run_on_ray(work, workers, attempt_folder)
         _raise_error(folder)
         if result is not None and not result.get(PAUSED):
@@ -289,6 +290,8 @@ class _RayWorker:
     scaling: ScalingConfig
     payload: dict[str, Any]
     folder: str
+    started: str
+    """File that worker 0 makes when all are there."""
     directory: str
     """Current directory of the driver, for relative paths."""
 
@@ -301,6 +304,9 @@ class _RayWorker:
             os.chdir(self.directory)
         torch.set_num_threads(self.scaling.threads(train.get_context().get_local_world_size()))
         group = WorkerGroup.from_torch()
+        if group.rank == 0:
+            fs, path = resolve_url(self.started)
+            write_bytes(fs, path, b"{}\n")
         try:
             return self.fn(self.payload, group)
         except DistributedMIError as error:
