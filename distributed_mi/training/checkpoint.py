@@ -19,10 +19,8 @@ training goes on meanwhile, and the next checkpoint waits for the one before.
 
 import json
 import logging
-import os
 import uuid
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
@@ -30,20 +28,15 @@ import pyarrow.fs as pafs
 import torch
 from torch import Tensor
 
-from distributed_mi.core.artifacts import write_bytes
 from distributed_mi.core.config import validate
 from distributed_mi.core.errors import CheckpointError
-from distributed_mi.core.memory import available_memory_bytes
 from distributed_mi.core.registry import resolve
 from distributed_mi.embeddings.checkpoint import (
     HasRows,
     Snapshot,
-    held_bytes,
     how_to_mend,
     load_table,
     read_tensors,
-    save_table,
-    write_tensors,
 )
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.group import WorkerGroup
@@ -51,7 +44,12 @@ from distributed_mi.embeddings.optimizer import TableOptimizer, make_optimizer
 from distributed_mi.embeddings.sharded import ShardedItemTable
 from distributed_mi.embeddings.table import ItemTable, LocalItemTable
 from distributed_mi.models.base import Recommender
-from distributed_mi.training.background import BackgroundWriter
+from distributed_mi.training.checkpoint_writer import (
+    MANIFEST,
+    BackgroundWriter,
+    CheckpointPart,
+    has_room_for_copy,
+)
 from distributed_mi.training.engine import Engine
 
 logger = logging.getLogger(__name__)
@@ -59,11 +57,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 2
 """Version of the checkpoint layout: what this version writes, and the newest that it reads. 2: evenly spaced ids are
 stored as a range."""
-COPY_SHARE = 0.5
-"""Largest part of a worker's share of the free memory that the copy for asynchronous writing may take."""
 
-_MANIFEST = "manifest.json"
-_DENSE = "dense.safetensors"
+DENSE = "dense.safetensors"
 _DENSE_OPTIMIZER = "dense_optimizer.safetensors"
 
 
@@ -133,7 +128,11 @@ class CheckpointManifest:
     @property
     def table_files(self) -> dict[str, str]:
         """The table's files and their hashes."""
-        return {n: h for n, h in self.files.items() if n not in (_DENSE, _DENSE_OPTIMIZER)}
+        return {n: h for n, h in self.files.items() if n not in (DENSE, _DENSE_OPTIMIZER)}
+
+    def to_json(self) -> bytes:
+        """The file's bytes."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True).encode() + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Self:
@@ -155,7 +154,7 @@ class CheckpointManifest:
             values["model"] = ModelSpec(**values["model"])
             return cls(**values)
         except (ValueError, KeyError, TypeError) as error:
-            directory = where.removesuffix(f"/{_MANIFEST}")
+            directory = where.removesuffix(f"/{MANIFEST}")
             raise CheckpointError(
                 f"{where} is not a checkpoint manifest: {error}. {how_to_mend(directory)}"
             ) from error
@@ -168,7 +167,7 @@ def directory_name(step: int) -> str:
 
 def has_manifest(fs: pafs.FileSystem, path: str) -> bool:
     """Whether a checkpoint directory, or `model/`, is complete."""
-    return bool(fs.get_file_info(f"{path}/{_MANIFEST}").type == pafs.FileType.File)
+    return bool(fs.get_file_info(f"{path}/{MANIFEST}").type == pafs.FileType.File)
 
 
 def read_manifest(fs: pafs.FileSystem, path: str) -> CheckpointManifest:
@@ -177,10 +176,10 @@ def read_manifest(fs: pafs.FileSystem, path: str) -> CheckpointManifest:
     Raises:
         CheckpointError: there is none (the checkpoint is incomplete), or it cannot be read.
     """
-    where = f"{path}/{_MANIFEST}"
+    where = f"{path}/{MANIFEST}"
     if not has_manifest(fs, path):
         raise CheckpointError(
-            f"{path} is not a complete checkpoint: it has no {_MANIFEST}. "
+            f"{path} is not a complete checkpoint: it has no {MANIFEST}. "
             "Run `distributed-mi train CONFIG` to write it."
         )
     with fs.open_input_stream(where) as stream:
@@ -222,7 +221,7 @@ class CheckpointStore:
     def complete_steps(self) -> list[int]:
         """Steps with a manifest, ascending. Not collective."""
         steps = self._steps()
-        infos = self.fs.get_file_info([f"{self.path(s)}/{_MANIFEST}" for s in steps])
+        infos = self.fs.get_file_info([f"{self.path(s)}/{MANIFEST}" for s in steps])
         return [s for s, info in zip(steps, infos, strict=True) if info.type == pafs.FileType.File]
 
     def _steps(self) -> list[int]:
@@ -260,8 +259,8 @@ class CheckpointStore:
         """
         self.wait()
         dense, optimizer = engine.dense_state(), engine.optimizer_state()  # copies; collective under ZeRO
-        tensors = {_DENSE: dense, _DENSE_OPTIMIZER: optimizer}
-        background = self.background and _has_room_for_copy(table)
+        tensors = {DENSE: dense, _DENSE_OPTIMIZER: optimizer}
+        background = self.background and has_room_for_copy(table)
         rows: HasRows = Snapshot.of(table) if background else table
         part = self._begin(self.path(step), step, spec, rows, tensors, state, keep)
         self.writer.run(part.write, background=background)
@@ -299,16 +298,16 @@ class CheckpointStore:
                 "CONFIG` again, which trains from the start."
             )
         manifest = read_manifest(self.fs, source)
-        dense = _read_dense(self.fs, source, _DENSE, manifest.files)
+        dense = _read_dense(self.fs, source, DENSE, manifest.files)
         load_table(table, self.fs, source, manifest.table_files, with_optimizer=False)
-        self._write(path, source_step, manifest.model, table, {_DENSE: dense}, manifest.state)
+        self._write(path, source_step, manifest.model, table, {DENSE: dense}, manifest.state)
 
     def export_model(
         self, path: str, spec: ModelSpec, model: Recommender, table: ItemTable, state: dict[str, Any]
     ) -> None:
         """Write a model that was fitted without steps, in the format of `export`."""
         dense = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-        self._write(path, 0, spec, table, {_DENSE: dense}, state)
+        self._write(path, 0, spec, table, {DENSE: dense}, state)
 
     def _write(
         self,
@@ -334,7 +333,7 @@ class CheckpointStore:
         tensors: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
         keep: Keep | None,
-    ) -> "_Part":
+    ) -> CheckpointPart:
         """Make the directory and agree on an attempt, which a worker that is still dying cannot take part in."""
         self._begun = True
         if self.group.rank == 0:
@@ -352,7 +351,22 @@ class CheckpointStore:
             has_optimizer=_DENSE_OPTIMIZER in tensors,
             state=state,
         )
-        return _Part(self, path, attempt, rows, tensors, manifest, keep)
+
+        def complete() -> None:
+            if keep is not None:
+                self.prune(keep.newest, also=[keep.best_step])
+
+        return CheckpointPart(
+            fs=self.fs,
+            path=path,
+            attempt=attempt,
+            rank=self.group.rank,
+            rows=rows,
+            tensors=tensors,
+            manifest=manifest,
+            complete=complete,
+            given_up=self.writer.given_up,
+        )
 
     def restore(self, manifest: CheckpointManifest, engine: Engine, table: ItemTable) -> None:
         """Load a checkpoint to continue from it.
@@ -361,7 +375,7 @@ class CheckpointStore:
             CheckpointError: a file is missing or does not match its hash; names the file.
         """
         path = self.path(manifest.step)
-        dense = _read_dense(self.fs, path, _DENSE, manifest.files)
+        dense = _read_dense(self.fs, path, DENSE, manifest.files)
         optimizer = _read_dense(self.fs, path, _DENSE_OPTIMIZER, manifest.files)
         load_table(table, self.fs, path, manifest.table_files, with_optimizer=True)
         engine.load_state(dense, optimizer)
@@ -377,87 +391,11 @@ class CheckpointStore:
             _remove(self.fs, self.path(step))
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What one worker writes of a checkpoint. Calls no collective, so it may run in any thread."""
-
-    store: CheckpointStore
-    path: str
-    attempt: str
-    rows: HasRows
-    tensors: dict[str, dict[str, Tensor]]
-    manifest: CheckpointManifest
-    keep: Keep | None
-
-    def write(self) -> None:
-        """Write the files; on worker 0 also wait for those of the others and declare all complete."""
-        try:
-            self._write()
-        except OSError as error:
-            self._tell({"error": str(error)})
-            raise CheckpointError(
-                f"checkpoint {self.path} could not be written: {error}. It does not count; earlier ones are whole. "
-                "Make room or mend the storage, then run the same command again to continue."
-            ) from error
-
-    def _write(self) -> None:
-        store, fs = self.store, self.store.fs
-        rank, size = store.group.rank, store.group.size
-        with_optimizer = self.manifest.has_optimizer
-        files = save_table(self.rows, fs, self.path, rank, size, with_optimizer=with_optimizer)
-        if rank != 0:
-            write_bytes(fs, self._note(rank), json.dumps({"files": files}).encode())
-            return
-        files |= {name: write_tensors(fs, f"{self.path}/{name}", t) for name, t in self.tensors.items()}
-        for other in range(1, size):
-            found = self._wait_for_note(other)
-            if found is None:
-                return
-            files |= found
-        for other in range(1, size):
-            fs.delete_file(self._note(other))
-        values = asdict(self.manifest) | {"files": dict(sorted(files.items()))}
-        data = json.dumps(values, indent=2, sort_keys=True).encode() + b"\n"
-        write_bytes(fs, f"{self.path}/{_MANIFEST}", data, durable=True)
-        if self.keep is not None:
-            store.prune(self.keep.newest, also=[self.keep.best_step])
-
-    def _note(self, rank: int) -> str:
-        """File by which a worker says that its files are complete."""
-        return f"{self.path}/written-{self.attempt}-{rank:05d}.json"
-
-    def _tell(self, note: dict[str, Any]) -> None:
-        if self.store.group.rank != 0:
-            with suppress(OSError):  # the storage that failed may fail again
-                write_bytes(self.store.fs, self._note(self.store.group.rank), json.dumps(note).encode())
-
-    def _wait_for_note(self, rank: int) -> dict[str, str] | None:
-        """The files of another worker; None when nobody wants this checkpoint any more."""
-        fs, path, pause_s = self.store.fs, self._note(rank), 0.005
-        while fs.get_file_info(path).type != pafs.FileType.File:
-            if self.store.writer.given_up.wait(pause_s):
-                return None
-            pause_s = min(1.5 * pause_s, 1.0)
-        with fs.open_input_stream(path) as stream:
-            note = json.loads(stream.read())
-        if "error" in note:
-            raise OSError(f"worker {rank}: {note['error']}")
-        found: dict[str, str] = note["files"]
-        return found
-
-
 def _remove(fs: pafs.FileSystem, path: str) -> None:
     """Remove a checkpoint, its manifest first: a half-removed directory must not read as complete."""
     if has_manifest(fs, path):
-        fs.delete_file(f"{path}/{_MANIFEST}")
+        fs.delete_file(f"{path}/{MANIFEST}")
     fs.delete_dir(path)
-
-
-def _has_room_for_copy(table: HasRows) -> bool:
-    """Whether a copy of this worker's rows takes at most `COPY_SHARE` of its share of the free memory."""
-    free = available_memory_bytes()
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # set by Ray Train: workers on this machine
-    return free is None or held_bytes(table) * here <= COPY_SHARE * free
 
 
 def load_model(fs: pafs.FileSystem, path: str, *, group: WorkerGroup | None = None) -> Recommender:
@@ -478,7 +416,7 @@ def load_model(fs: pafs.FileSystem, path: str, *, group: WorkerGroup | None = No
     table = manifest.model.build_table(group, trainable=False)
     model = manifest.model.build_model(table)
     load_table(table, fs, path, manifest.table_files, with_optimizer=False)
-    model.load_state_dict(_read_dense(fs, path, _DENSE, manifest.files))
+    model.load_state_dict(_read_dense(fs, path, DENSE, manifest.files))
     if group is not None:
         model.to(group.device)
     return model.eval()

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from distributed_mi.core.artifacts import Workspace
-from distributed_mi.training import checkpoint, launcher
+from distributed_mi.training import checkpoint_writer, launcher
 from distributed_mi.training.config import ScalingConfig
 from distributed_mi.training.loop import Trainer
 from tests.unit.training.workspaces import HitsOfLastItem, tiny_config
@@ -62,13 +62,13 @@ def _record_steps(folder: Path) -> None:
 
 
 def _write_slowly() -> None:
-    original = checkpoint.write_tensors
+    original = checkpoint_writer.write_tensors
 
     def write_tensors(*given: Any) -> str:
         time.sleep(WRITE_S / 2)  # worker 0 writes two dense files after its table
         return original(*given)
 
-    checkpoint.write_tensors = write_tensors
+    checkpoint_writer.write_tensors = write_tensors
 
 
 def main(url: str, address: str, folder: str, least: str, most: str) -> None:
