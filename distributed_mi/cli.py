@@ -405,6 +405,62 @@ def _open_retriever(pipeline: "Pipeline") -> Any:
     return Retriever.open(pipeline.workspace, run_name, load_model)
 
 
+checkpoint_app = typer.Typer(
+    help="Look into checkpoints, check them, take the model out of them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(checkpoint_app, name="checkpoint")
+
+CheckpointPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="PATH",
+        help="A checkpoint directory, a checkpoints/ folder or model/; local or a URL.",
+    ),
+]
+
+
+@checkpoint_app.command("inspect")
+def checkpoint_inspect(path: CheckpointPath, as_json: JsonOption = False) -> None:
+    """Print step, model, table, workers, files and state of a checkpoint; of a folder, of the newest in it."""
+    import json
+
+    from distributed_mi.training import checkpoint_files
+
+    facts = checkpoint_files.inspect(path)
+    typer.echo(json.dumps(facts, indent=2) if as_json else checkpoint_files.render(facts))
+
+
+@checkpoint_app.command("verify")
+def checkpoint_verify(path: CheckpointPath) -> None:
+    """Read every file again, compare the hashes, look for missing rows; fail with the name of what is wrong."""
+    from distributed_mi.training import checkpoint_files
+
+    for whole, files in checkpoint_files.verify(path):
+        typer.echo(f"{whole}: {files} files, all as they were written")
+
+
+@checkpoint_app.command("export")
+def checkpoint_export(
+    path: CheckpointPath,
+    out: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUT", help="A folder or URL (format of model/), or a local file NAME.safetensors."
+        ),
+    ],
+) -> None:
+    """Write the model of a checkpoint, without optimizer state, to a folder or to one safetensors file.
+
+    The file holds `weight` (a row per item id, padding first), the dense parameters as `dense.<name>`, and the model's
+    specification as JSON under `model` of its metadata.
+    """
+    from distributed_mi.training import checkpoint_files
+
+    typer.echo(f"{checkpoint_files.export(path, out)} -> {out}")
+
+
 @app.command()
 def compare(
     report_a: Annotated[str, typer.Argument(metavar="REPORT", help="report.json of a run")],

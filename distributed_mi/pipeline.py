@@ -13,7 +13,7 @@ from typing import Any
 from distributed_mi.core.artifacts import Manifest, Workspace
 from distributed_mi.core.errors import WorkspaceError
 from distributed_mi.experiment import Experiment, RayConfig
-from distributed_mi.training.config import TrainConfig
+from distributed_mi.training.config import ScalingConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -173,32 +173,29 @@ class Pipeline:
         from distributed_mi.training.launcher import run_on_workers
 
         run_name = run_name or self.experiment.run_configs()[-1].run_name
-        scaling = self.experiment.scaling
 
         def rank() -> Manifest:
-            workers = self._evaluation_workers(run_name)
+            scaling = self._evaluation_scaling(run_name)
             return stage.run(
                 self.experiment.evaluate,
                 self.workspace,
                 run_name=run_name,
                 load=load_model,
                 run_on_workers=lambda fn, payload: run_on_workers(
-                    fn,
-                    scaling.model_copy(update={"num_workers": workers}),
-                    start_ray=self.start_ray,
-                    payload=payload,
+                    fn, scaling, start_ray=self.start_ray, payload=payload
                 ),
-                num_workers=workers,
+                num_workers=scaling.most_workers,
             )
 
         return self._timed(f"evaluate/{run_name}", rank)
 
-    def _evaluation_workers(self, run_name: str) -> int:
-        """How many workers rank; see `EvaluateConfig.num_workers`."""
+    def _evaluation_scaling(self, run_name: str) -> ScalingConfig:
+        """The workers that rank; see `EvaluateConfig.num_workers`."""
         trained = self.workspace.stage(f"train/{run_name}").require()
         table_bytes = 4 * trained.stats["table_rows"] * trained.config["dim"]
-        default = 1 if table_bytes < _SMALL_TABLE_BYTES else self.experiment.scaling.workers
-        return self.experiment.evaluate.num_workers or default
+        scaling = self.experiment.scaling
+        default = 1 if table_bytes < _SMALL_TABLE_BYTES else scaling.num_workers
+        return scaling.model_copy(update={"num_workers": self.experiment.evaluate.num_workers or default})
 
     def run(self, stages: Sequence[str] = STAGES) -> list[Outcome]:
         """Run the named stages in order, skipping what is done; train and evaluate also run the baselines."""

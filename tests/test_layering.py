@@ -43,6 +43,7 @@ RAY_FILES = frozenset(
         "interests/pool.py",
         "training/worker.py",
         "training/launcher.py",
+        "training/elastic.py",
         "training/tune.py",
         "serving/deployment.py",
         *(f"{package}/stage.py" for package in ALLOWED),

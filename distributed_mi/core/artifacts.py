@@ -81,13 +81,33 @@ def _resolve_fsspec(url: str) -> tuple[pafs.FileSystem, str]:
     return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), path.rstrip("/")
 
 
-def write_bytes(filesystem: pafs.FileSystem, path: str, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all: temporary name, then rename."""
+def write_bytes(filesystem: pafs.FileSystem, path: str, data: bytes, *, durable: bool = False) -> None:
+    """Write a file so that it is there whole or not at all: temporary name, then rename.
+
+    Args:
+        filesystem: where to write.
+        path: the file.
+        data: its bytes.
+        durable: survive a loss of power from now on (fsync of a local file; an object store does so anyway).
+    """
     filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
     temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
     with filesystem.open_output_stream(temporary) as stream:
         stream.write(data)
+    local = durable and isinstance(filesystem, pafs.LocalFileSystem)
+    if local:
+        _sync(temporary)
     filesystem.move(temporary, path)
+    if local:
+        _sync(path.rsplit("/", 1)[0])
+
+
+def _sync(path: str) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_table(filesystem: pafs.FileSystem, path: str, table: pa.Table, name: str) -> pa.Table:

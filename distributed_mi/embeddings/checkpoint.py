@@ -1,13 +1,16 @@
 """Save an item table and load it on any number of workers.
 
 Each worker writes its rows into safetensors files `table-<worker>-of-<workers>-<part>.safetensors`; a file holds
-the tensors `ids` `[R]`, `weight` `[R, D]` and the optimizer's state. A load hands every file to `ItemTable.assign`,
-which keeps the rows that the worker owns now, so the worker count and the placement may differ. safetensors holds
-numbers and names only: loading never runs code from the file.
+the tensors `weight` `[R, D]`, the optimizer's state, and which rows these are: `id_range` `[3]` (first id, step, R)
+where the ids are evenly spaced, else `ids` `[R]`. A load hands one file after the other to `ItemTable.assign`, which
+keeps the rows that the worker owns now, so the worker count and the placement may differ. safetensors holds numbers
+and names only: loading never runs code from the file.
 """
 
 import hashlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
 
 import pyarrow.fs as pafs
 import torch
@@ -37,8 +40,38 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+class HasRows(Protocol):
+    """What can be saved: a table, or a snapshot of one."""
+
+    def state(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `ItemTable.state`."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The rows of a worker as they were at one moment, in main memory."""
+
+    ids_R: Tensor
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, table: HasRows) -> "Snapshot":
+        """Copy what a table holds. Ids never change and are not copied."""
+        ids_R, tensors = table.state()
+        return cls(ids_R, {name: t.detach().to("cpu", copy=True) for name, t in tensors.items()})
+
+    def state(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """See `ItemTable.state`."""
+        return self.ids_R, self.tensors
+
+
+def held_bytes(table: HasRows) -> int:
+    """Bytes that a `Snapshot` takes."""
+    return sum(t.numel() * t.element_size() for t in table.state()[1].values())
+
+
 def save_table(
-    table: ItemTable,
+    table: HasRows,
     fs: pafs.FileSystem,
     directory: str,
     rank: int,
@@ -49,7 +82,7 @@ def save_table(
     """Write the rows of this worker.
 
     Args:
-        table: local or sharded.
+        table: local or sharded, or a snapshot.
         fs: where to write.
         directory: folder of the checkpoint.
         rank: this worker.
@@ -65,26 +98,68 @@ def save_table(
     files = {}
     for part, chunk in enumerate(_chunks(ids_R, tensors)):
         name = f"table-{rank:05d}-of-{size:05d}-{part:04d}.safetensors"
-        data = save(
-            chunk
-        )  # no metadata: safetensors writes its keys in random order, and equal files hash alike
-        write_bytes(fs, f"{directory}/{name}", data)
-        files[name] = sha256(data)
+        files[name] = write_tensors(fs, f"{directory}/{name}", chunk)
     return files
+
+
+def write_tensors(fs: pafs.FileSystem, path: str, tensors: Mapping[str, Tensor]) -> str:
+    """Write one safetensors file so that it survives a loss of power, and return its SHA-256.
+
+    No metadata: safetensors writes its keys in random order, and equal files hash alike.
+    """
+    data = save({name: t.contiguous() for name, t in tensors.items()})
+    write_bytes(fs, path, data, durable=True)
+    return sha256(data)
 
 
 def _chunks(ids_R: Tensor, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
     row_bytes = 8 + sum(t[:1].numel() * t.element_size() for t in tensors.values())
     rows = max(1, MAX_FILE_BYTES // max(row_bytes, 1))
     for at in range(0, len(ids_R), rows):
-        chunk = {name: t[at : at + rows].detach().cpu().contiguous() for name, t in tensors.items()}
-        yield {"ids": ids_R[at : at + rows].cpu().contiguous(), **chunk}
+        chunk = {name: t[at : at + rows].detach().cpu() for name, t in tensors.items()}
+        yield pack_ids(ids_R[at : at + rows].cpu()) | chunk
+
+
+def pack_ids(ids_R: Tensor) -> dict[str, Tensor]:
+    """Ids as a file holds them: 24 bytes where they are evenly spaced, else 8 bytes each."""
+    step = int(ids_R[1] - ids_R[0]) if len(ids_R) > 1 else 1
+    if len(ids_R) and step > 0 and bool((ids_R.diff() == step).all()):
+        return {"id_range": torch.tensor([int(ids_R[0]), step, len(ids_R)])}
+    return {"ids": ids_R}
+
+
+def unpack_ids(tensors: Mapping[str, Tensor], where: str) -> Tensor:
+    """The ids `[R]` of a table file.
+
+    Args:
+        tensors: what the file holds.
+        where: its path, for the message.
+
+    Raises:
+        CheckpointError: there are none, or not as many as rows; names the file.
+    """
+    ids, bounds, weight = tensors.get("ids"), tensors.get("id_range"), tensors.get("weight")
+    if weight is None or weight.ndim != 2:
+        raise CheckpointError(
+            f"checkpoint file {where} holds no weight [R, D]: it is no part of an item table"
+        )
+    if ids is None and bounds is not None and bounds.dtype == torch.int64 and bounds.shape == (3,):
+        first, step, count = bounds.tolist()
+        if step > 0 and count == len(weight):
+            ids = torch.arange(first, first + step * count, step)
+    if ids is None or ids.dtype != torch.int64 or ids.shape != (len(weight),):
+        raise CheckpointError(
+            f"checkpoint file {where} does not say which rows it holds: no ids, or not one a row"
+        )
+    return ids
 
 
 def load_table(
     table: ItemTable, fs: pafs.FileSystem, directory: str, files: Mapping[str, str], with_optimizer: bool
 ) -> None:
     """Fill a table from the files of all workers that saved it; every worker calls it with the same files.
+
+    Holds one file at a time, and one bit of bookkeeping (a byte in memory) for each row of the table.
 
     Args:
         table: local or sharded, of the same rows and width; of the same optimizer when its state is wanted.
@@ -101,14 +176,14 @@ def load_table(
     seen = torch.zeros(table.num_rows, dtype=torch.bool)
     for name in sorted(files):
         path = f"{directory}/{name}"
-        tensors = _read(fs, directory, name, files[name])
-        missing = [n for n in ("ids", *names) if n not in tensors]
+        tensors = read_tensors(fs, directory, name, files[name])
+        ids = unpack_ids(tensors, path)
+        missing = [n for n in names if n not in tensors]
         if missing:
             raise CheckpointError(
                 f"checkpoint file {path} holds no {', '.join(missing)}: it was saved without the optimizer's "
                 "state, or with another optimizer"
             )
-        ids = tensors["ids"]
         try:
             table.assign(ids, {n: tensors[n] for n in names})
         except (InputError, CheckpointError) as error:
@@ -121,13 +196,28 @@ def load_table(
         )
 
 
-def _read(fs: pafs.FileSystem, directory: str, name: str, expected: str) -> dict[str, Tensor]:
+def read_tensors(fs: pafs.FileSystem, directory: str, name: str, expected: str) -> dict[str, Tensor]:
+    """Read one safetensors file of a checkpoint.
+
+    Args:
+        fs: where it lies.
+        directory: folder of the checkpoint.
+        name: the file in it.
+        expected: its SHA-256 according to the manifest.
+
+    Raises:
+        CheckpointError: it is missing, has another hash, or is no safetensors file; names the file.
+    """
     path = f"{directory}/{name}"
     try:
         with fs.open_input_stream(path) as stream:
             data = stream.read()
     except FileNotFoundError as error:
         raise CheckpointError(f"checkpoint file {path} is missing. {how_to_mend(directory)}") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint file {path} cannot be read: {error}. {how_to_mend(directory)}"
+        ) from error
     found = sha256(data)
     if found != expected:
         raise CheckpointError(

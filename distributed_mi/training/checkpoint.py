@@ -10,42 +10,55 @@ A directory without a manifest is an attempt that was killed: it is ignored and 
 match its hash is an error, never skipped silently. Random numbers need no room here: batches, negatives and dropout
 are functions of (seed, step). Older checkpoints are removed only after the manifest of a newer one is written.
 
+Each worker writes its files, by default in a thread from a copy in memory, then a note with their hashes. Worker 0
+waits for the notes of all in the same thread, and replaces them by the manifest. So nothing of it is a collective,
+training goes on meanwhile, and the next checkpoint waits for the one before.
+
 `model/` has the same format without optimizer state: what evaluation and serving load.
 """
 
-import hashlib
 import json
 import logging
+import uuid
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 import pyarrow.fs as pafs
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from distributed_mi.core.artifacts import write_bytes
 from distributed_mi.core.config import validate
 from distributed_mi.core.errors import CheckpointError
 from distributed_mi.core.registry import resolve
-from distributed_mi.embeddings.checkpoint import how_to_mend, load_table, save_table
+from distributed_mi.embeddings.checkpoint import (
+    HasRows,
+    Snapshot,
+    how_to_mend,
+    load_table,
+    read_tensors,
+)
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer, make_optimizer
 from distributed_mi.embeddings.sharded import ShardedItemTable
 from distributed_mi.embeddings.table import ItemTable, LocalItemTable
 from distributed_mi.models.base import Recommender
+from distributed_mi.training.checkpoint_writer import (
+    MANIFEST,
+    BackgroundWriter,
+    CheckpointPart,
+    has_room_for_copy,
+)
 from distributed_mi.training.engine import Engine
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Version of the checkpoint layout."""
+FORMAT = 2
+"""Version of the checkpoint layout: what this version writes, and the newest that it reads. 2: evenly spaced ids are
+stored as a range."""
 
-_MANIFEST = "manifest.json"
-_DENSE = "dense.safetensors"
+DENSE = "dense.safetensors"
 _DENSE_OPTIMIZER = "dense_optimizer.safetensors"
 
 
@@ -124,23 +137,33 @@ class CheckpointManifest:
     @property
     def table_files(self) -> dict[str, str]:
         """The table's files and their hashes."""
-        return {n: h for n, h in self.files.items() if n not in (_DENSE, _DENSE_OPTIMIZER)}
+        return {n: h for n, h in self.files.items() if n not in (DENSE, _DENSE_OPTIMIZER)}
+
+    def to_json(self) -> bytes:
+        """The file's bytes."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True).encode() + b"\n"
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Self:
         """Parse a manifest.
 
         Raises:
-            CheckpointError: it is not one, or of another format.
+            CheckpointError: it is not one, or a newer version wrote it.
         """
         try:
             values = json.loads(data)
-            if values["format"] != FORMAT:
-                raise CheckpointError(f"{where} has checkpoint format {values['format']}; this is {FORMAT}")
+            version = values["format"]
+            if isinstance(version, int) and version > FORMAT:
+                raise CheckpointError(
+                    f"{where} was written by a newer version of distributed-mi: its checkpoint format is {version}, "
+                    f"this version reads up to {FORMAT}. Read it with the version that wrote it."
+                )
+            if version not in range(1, FORMAT + 1):
+                raise ValueError(f"its format is {version!r}")
             values["model"] = ModelSpec(**values["model"])
             return cls(**values)
         except (ValueError, KeyError, TypeError) as error:
-            directory = where.removesuffix(f"/{_MANIFEST}")
+            directory = where.removesuffix(f"/{MANIFEST}")
             raise CheckpointError(
                 f"{where} is not a checkpoint manifest: {error}. {how_to_mend(directory)}"
             ) from error
@@ -153,7 +176,7 @@ def directory_name(step: int) -> str:
 
 def has_manifest(fs: pafs.FileSystem, path: str) -> bool:
     """Whether a checkpoint directory, or `model/`, is complete."""
-    return bool(fs.get_file_info(f"{path}/{_MANIFEST}").type == pafs.FileType.File)
+    return bool(fs.get_file_info(f"{path}/{MANIFEST}").type == pafs.FileType.File)
 
 
 def read_manifest(fs: pafs.FileSystem, path: str) -> CheckpointManifest:
@@ -162,21 +185,43 @@ def read_manifest(fs: pafs.FileSystem, path: str) -> CheckpointManifest:
     Raises:
         CheckpointError: there is none (the checkpoint is incomplete), or it cannot be read.
     """
-    where = f"{path}/{_MANIFEST}"
+    where = f"{path}/{MANIFEST}"
     if not has_manifest(fs, path):
         raise CheckpointError(
-            f"{path} is not a complete checkpoint: it has no {_MANIFEST}. "
+            f"{path} is not a complete checkpoint: it has no {MANIFEST}. "
             "Run `distributed-mi train CONFIG` to write it."
         )
     with fs.open_input_stream(where) as stream:
         return CheckpointManifest.from_json(stream.read(), where)
 
 
-class CheckpointStore:
-    """The checkpoints of one run. Its methods are collective over the workers of the run."""
+@dataclass(frozen=True)
+class Keep:
+    """Which complete checkpoints stay once a newer one is complete."""
 
-    def __init__(self, fs: pafs.FileSystem, root: str, group: WorkerGroup) -> None:
-        self.fs, self.root, self.group = fs, root, group
+    newest: int
+    """How many of the newest."""
+    best_step: int
+    """And this one."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run. Its methods are collective over the workers of the run.
+
+    Args:
+        fs: where they lie.
+        root: folder of the checkpoints.
+        group: the workers.
+        background: write while training goes on, where memory has room for a copy; see
+            `TrainConfig.checkpoint_async`.
+    """
+
+    def __init__(
+        self, fs: pafs.FileSystem, root: str, group: WorkerGroup, *, background: bool = False
+    ) -> None:
+        self.fs, self.root, self.group, self.background = fs, root, group, background
+        self.writer = BackgroundWriter()
+        self._begun = False
 
     def path(self, step: int) -> str:
         """Directory of a step."""
@@ -184,11 +229,15 @@ class CheckpointStore:
 
     def complete_steps(self) -> list[int]:
         """Steps with a manifest, ascending. Not collective."""
+        steps = self._steps()
+        infos = self.fs.get_file_info([f"{self.path(s)}/{MANIFEST}" for s in steps])
+        return [s for s, info in zip(steps, infos, strict=True) if info.type == pafs.FileType.File]
+
+    def _steps(self) -> list[int]:
+        """Steps with a directory, ascending."""
         selector = pafs.FileSelector(self.root, recursive=False, allow_not_found=True)
         names = [i.base_name for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.Directory]
-        steps = sorted(int(n.removeprefix("step-")) for n in names if n.removeprefix("step-").isdecimal())
-        infos = self.fs.get_file_info([f"{self.path(s)}/{_MANIFEST}" for s in steps])
-        return [s for s, info in zip(steps, infos, strict=True) if info.type == pafs.FileType.File]
+        return sorted(int(n.removeprefix("step-")) for n in names if n.removeprefix("step-").isdecimal())
 
     def newest(self) -> CheckpointManifest | None:
         """The newest complete checkpoint, the same for all workers because worker 0 looks."""
@@ -196,14 +245,55 @@ class CheckpointStore:
         return read_manifest(self.fs, self.path(steps[-1])) if steps else None
 
     def save(
-        self, step: int, spec: ModelSpec, engine: Engine, table: ItemTable, state: dict[str, Any]
-    ) -> CheckpointManifest:
-        """Write a checkpoint; it exists for every worker once this returns."""
-        dense, optimizer = engine.dense_state(), engine.optimizer_state()  # collective under ZeRO
-        tensors = {_DENSE: dense, _DENSE_OPTIMIZER: optimizer}
-        return self._write(self.path(step), step, spec, table, tensors, state)
+        self,
+        step: int,
+        spec: ModelSpec,
+        engine: Engine,
+        table: ItemTable,
+        state: dict[str, Any],
+        keep: Keep | None = None,
+    ) -> None:
+        """Begin to write a checkpoint of what model, table and optimizers are now; `wait` says when it is complete.
 
-    def export(self, source_step: int, path: str, table: ItemTable) -> CheckpointManifest:
+        Args:
+            step: finished steps.
+            spec: the model.
+            engine: its dense part.
+            table: its rows.
+            state: of the loop.
+            keep: remove all but these once this one is complete; None: remove nothing.
+
+        Raises:
+            CheckpointError: the checkpoint before could not be written.
+        """
+        self.wait()
+        dense, optimizer = engine.dense_state(), engine.optimizer_state()  # copies; collective under ZeRO
+        tensors = {DENSE: dense, _DENSE_OPTIMIZER: optimizer}
+        background = self.background and has_room_for_copy(table)
+        rows: HasRows = Snapshot.of(table) if background else table
+        part = self._begin(self.path(step), step, spec, rows, tensors, state, keep)
+        self.writer.run(part.write, background=background)
+
+    def check(self) -> None:
+        """Raise what went wrong while writing in the background, if it is known by now. Not collective."""
+        self.writer.check()
+
+    def wait(self) -> None:
+        """Return when the checkpoint begun last is complete for every worker.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        self.writer.wait()
+        if self._begun:
+            self.group.barrier()
+            self._begun = False
+
+    def give_up(self) -> None:
+        """Before an error ends this worker: write what it can write alone, wait for no other. Not collective."""
+        self.writer.give_up()
+
+    def export(self, source_step: int, path: str, table: ItemTable) -> None:
         """Copy a checkpoint to `path` without optimizer state; `table` is overwritten by its rows on the way.
 
         Raises:
@@ -217,16 +307,16 @@ class CheckpointStore:
                 "CONFIG` again, which trains from the start."
             )
         manifest = read_manifest(self.fs, source)
-        dense = _read_tensors(self.fs, source, _DENSE, manifest.files)
+        dense = _read_dense(self.fs, source, DENSE, manifest.files)
         load_table(table, self.fs, source, manifest.table_files, with_optimizer=False)
-        return self._write(path, source_step, manifest.model, table, {_DENSE: dense}, manifest.state)
+        self._write(path, source_step, manifest.model, table, {DENSE: dense}, manifest.state)
 
     def export_model(
         self, path: str, spec: ModelSpec, model: Recommender, table: ItemTable, state: dict[str, Any]
-    ) -> CheckpointManifest:
+    ) -> None:
         """Write a model that was fitted without steps, in the format of `export`."""
         dense = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-        return self._write(path, 0, spec, table, {_DENSE: dense}, state)
+        self._write(path, 0, spec, table, {DENSE: dense}, state)
 
     def _write(
         self,
@@ -236,31 +326,56 @@ class CheckpointStore:
         table: ItemTable,
         tensors: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
-    ) -> CheckpointManifest:
+    ) -> None:
+        """Write at once; it is complete for every worker on return."""
+        self.wait()
+        part = self._begin(path, step, spec, table, tensors, state, None)
+        self.writer.run(part.write, background=False)
+        self.wait()
+
+    def _begin(
+        self,
+        path: str,
+        step: int,
+        spec: ModelSpec,
+        rows: HasRows,
+        tensors: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        keep: Keep | None,
+    ) -> CheckpointPart:
+        """Make the directory and agree on an attempt, which a worker that is still dying cannot take part in."""
+        self._begun = True
         if self.group.rank == 0:
             if self.fs.get_file_info(path).type == pafs.FileType.Directory:  # left by a killed attempt
-                self.fs.delete_dir(path)
+                _remove(self.fs, path)
             self.fs.create_dir(path, recursive=True)
-        self.group.barrier()
-        has_optimizer = _DENSE_OPTIMIZER in tensors
-        rank, size = self.group.rank, self.group.size
-        hashes = save_table(table, self.fs, path, rank, size, with_optimizer=has_optimizer)
-        if self.group.rank == 0:
-            hashes |= {name: _write_tensors(self.fs, f"{path}/{name}", t) for name, t in tensors.items()}
-        files = {name: digest for part in self.group.all_gather_json(hashes) for name, digest in part.items()}
+        attempt = self.group.broadcast_json(
+            uuid.uuid4().hex[:8]
+        )  # nobody is past this before the directory exists
         manifest = CheckpointManifest(
             step=step,
             model=spec,
             world_size=self.group.size,
-            files=dict(sorted(files.items())),
-            has_optimizer=has_optimizer,
+            files={},
+            has_optimizer=_DENSE_OPTIMIZER in tensors,
             state=state,
         )
-        if self.group.rank == 0:
-            data = json.dumps(asdict(manifest), indent=2, sort_keys=True).encode() + b"\n"
-            write_bytes(self.fs, f"{path}/{_MANIFEST}", data)
-        self.group.barrier()
-        return manifest
+
+        def complete() -> None:
+            if keep is not None:
+                self.prune(keep.newest, also=[keep.best_step])
+
+        return CheckpointPart(
+            fs=self.fs,
+            path=path,
+            attempt=attempt,
+            rank=self.group.rank,
+            rows=rows,
+            tensors=tensors,
+            manifest=manifest,
+            complete=complete,
+            given_up=self.writer.given_up,
+        )
 
     def restore(self, manifest: CheckpointManifest, engine: Engine, table: ItemTable) -> None:
         """Load a checkpoint to continue from it.
@@ -269,20 +384,27 @@ class CheckpointStore:
             CheckpointError: a file is missing or does not match its hash; names the file.
         """
         path = self.path(manifest.step)
-        dense = _read_tensors(self.fs, path, _DENSE, manifest.files)
-        optimizer = _read_tensors(self.fs, path, _DENSE_OPTIMIZER, manifest.files)
+        dense = _read_dense(self.fs, path, DENSE, manifest.files)
+        optimizer = _read_dense(self.fs, path, _DENSE_OPTIMIZER, manifest.files)
         load_table(table, self.fs, path, manifest.table_files, with_optimizer=True)
         engine.load_state(dense, optimizer)
 
     def prune(self, keep: int, also: Iterable[int]) -> None:
-        """Remove all complete checkpoints but the newest `keep` and those of `also`. Worker 0 does it."""
-        if self.group.rank != 0:
-            return
-        steps = self.complete_steps()
-        for step in set(steps[:-keep]) - set(also):
-            # The manifest first: a half-removed directory must not read as complete.
-            self.fs.delete_file(f"{self.path(step)}/{_MANIFEST}")
-            self.fs.delete_dir(self.path(step))
+        """Remove all checkpoints but the newest `keep` complete ones and those of `also`.
+
+        For worker 0, not collective. Attempts that were killed go too, unless they are newer than all that is complete.
+        """
+        complete, steps = self.complete_steps(), self._steps()
+        kept = {*complete[-keep:], *also, *(s for s in steps if s > complete[-1])} if complete else set(steps)
+        for step in set(steps) - kept:
+            _remove(self.fs, self.path(step))
+
+
+def _remove(fs: pafs.FileSystem, path: str) -> None:
+    """Remove a checkpoint, its manifest first: a half-removed directory must not read as complete."""
+    if has_manifest(fs, path):
+        fs.delete_file(f"{path}/{MANIFEST}")
+    fs.delete_dir(path)
 
 
 def load_model(fs: pafs.FileSystem, path: str, *, group: WorkerGroup | None = None) -> Recommender:
@@ -303,36 +425,13 @@ def load_model(fs: pafs.FileSystem, path: str, *, group: WorkerGroup | None = No
     table = manifest.model.build_table(group, trainable=False)
     model = manifest.model.build_model(table)
     load_table(table, fs, path, manifest.table_files, with_optimizer=False)
-    model.load_state_dict(_read_tensors(fs, path, _DENSE, manifest.files))
+    model.load_state_dict(_read_dense(fs, path, DENSE, manifest.files))
     if group is not None:
         model.to(group.device)
     return model.eval()
 
 
-def _write_tensors(fs: pafs.FileSystem, path: str, tensors: dict[str, Tensor]) -> str:
-    data = safetensors.torch.save({name: t.contiguous() for name, t in tensors.items()})
-    write_bytes(fs, path, data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def _read_tensors(fs: pafs.FileSystem, directory: str, name: str, files: dict[str, str]) -> dict[str, Tensor]:
-    path = f"{directory}/{name}"
+def _read_dense(fs: pafs.FileSystem, directory: str, name: str, files: dict[str, str]) -> dict[str, Tensor]:
     if name not in files:
         raise CheckpointError(f"{directory} has no {name}: it is not a checkpoint to continue training from")
-    try:
-        with fs.open_input_stream(path) as stream:
-            data = stream.read()
-    except OSError as error:
-        raise CheckpointError(
-            f"checkpoint file {path} cannot be read: {error}. {how_to_mend(directory)}"
-        ) from error
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != files[name]:
-        raise CheckpointError(
-            f"checkpoint file {path} does not match its hash (SHA-256 {digest[:12]}, manifest says "
-            f"{files[name][:12]}). {how_to_mend(directory)}"
-        )
-    try:
-        return safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise CheckpointError(f"checkpoint file {path} is not a safetensors file: {error}") from error
+    return read_tensors(fs, directory, name, files[name])

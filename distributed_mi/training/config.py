@@ -1,7 +1,7 @@
 """Configuration of training: `[train]` changes the result, `[scaling]` does not."""
 
 import os
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -130,7 +130,12 @@ class TrainConfig(ConfigModel):
     patience: NonNegativeInt = 20
     """Validations in a row without improvement after which training stops; 0 never stops early."""
     checkpoint_every: PositiveInt = runtime(500)
-    """Steps between two checkpoints: what a killed run loses at most. Improved validations are kept too."""
+    """Steps between two checkpoints: what a killed run loses at most, and with `checkpoint_async` the steps taken while
+    one is being written. Improved validations are kept too."""
+    checkpoint_async: bool = runtime(True)
+    """Write checkpoints from a thread while training goes on. Needs room for a copy of the worker's rows and their
+    optimizer's state; a worker for which that copy is more than half of its share of the machine's free memory writes
+    them before its next step instead. The checkpoints are the same."""
     keep_checkpoints: PositiveInt = runtime(2)
     """Newest checkpoints to keep; the best one is kept besides."""
     log_every: PositiveInt = runtime(50)
@@ -167,8 +172,10 @@ def available_cores() -> int:
 class ScalingConfig(ConfigModel):
     """Workers and what each holds. Steps count users over all workers, so nothing here changes results."""
 
-    num_workers: PositiveInt | None = runtime(None)
-    """Training workers. None: 2 where two cores exist, else 1. One worker runs in this process, without Ray."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] | None = runtime(None)
+    """Training workers; [least, most]: as many as the cluster has room for, fewer after a machine was lost, more from
+    the next checkpoint on when there is room again. None: 2 where two cores exist, else 1. One worker runs in this
+    process, without Ray."""
     gpus_per_worker: NonNegativeFloat = runtime(0.0)
     """GPUs of each worker; above 0 the workers talk through NCCL, else through gloo."""
     cpus_per_worker: PositiveFloat = runtime(1.0)
@@ -179,10 +186,33 @@ class ScalingConfig(ConfigModel):
     slower); with GPUs the machine's cores divided by the workers on it."""
     max_failures: NonNegativeInt = runtime(3)
     """Restarts after a worker died; each resumes from the newest complete checkpoint."""
+    autoscaling: bool = runtime(False)
+    """Whether the cluster adds machines on demand. False: workers that all its machines together have no room for are
+    refused at once instead of waited for."""
+    start_timeout_s: PositiveFloat = runtime(900.0)
+    """Seconds to wait for room for the (least) workers before the stage stops: others may hold the machines, one may
+    have been lost, or they are still being added."""
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _num_workers_in_order(cls, value: Any) -> Any:
+        counts = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if any(isinstance(n, int) and n < 1 for n in counts):
+            raise ValueError("at least 1 worker is needed; leave it out for the default")
+        if len(counts) == 2 and all(isinstance(n, int) for n in counts) and counts[0] > counts[1]:
+            raise ValueError(f"[least, most] must ascend: [{counts[1]}, {counts[0]}]")
+        return value
 
     @property
-    def workers(self) -> int:
-        """`num_workers`, or its default on this machine."""
+    def least_workers(self) -> int:
+        """Workers without which the work does not start."""
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.most_workers
+
+    @property
+    def most_workers(self) -> int:
+        """Workers when there is room for all."""
+        if isinstance(self.num_workers, tuple):
+            return self.num_workers[1]
         return self.num_workers or (2 if available_cores() >= 2 else 1)
 
     def threads(self, local_workers: int) -> int:

@@ -44,6 +44,18 @@ class FileBar:
             write_bytes(self.fs, self.path, json.dumps({"done": self.done, "note": note}).encode())
 
 
+@dataclass(frozen=True)
+class FileFlag:
+    """The worker's side of a question to the driver: yes once a file is there."""
+
+    url: str
+
+    def __call__(self) -> bool:
+        """Whether it is."""
+        fs, path = resolve_url(self.url)
+        return bool(fs.get_file_info(path).type == pafs.FileType.File)
+
+
 @contextmanager
 def following(url: str, follow: Follow) -> Iterator[None]:
     """Show a bar in this process that follows the file at `url`, from a thread of its own."""

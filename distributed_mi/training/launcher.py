@@ -1,8 +1,9 @@
 """The train stage, and how work reaches several workers.
 
-With one worker the work runs in the calling process and Ray is not touched. With more, Ray Train starts the workers,
-connects them through torch.distributed, and starts them again when one dies. What continues after that is decided
-by this project's checkpoints alone (`checkpoint.py`): nothing is lost between a checkpoint and Ray's notice of it.
+With one worker the work runs in the calling process and Ray is not touched. With more, Ray Train starts the workers
+and connects them through torch.distributed. When one dies, or when there is room for more of them (`elastic.py`), they
+are started again, as many as there is room for then. What continues after that is decided by this project's
+checkpoints alone (`checkpoint.py`): nothing is lost between a checkpoint and Ray's notice of it.
 """
 
 import json
@@ -10,6 +11,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,15 +36,22 @@ from distributed_mi.core.errors import ConfigError, DistributedMIError, StageErr
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.training.checkpoint import has_manifest, read_manifest
 from distributed_mi.training.config import ScalingConfig, TrainConfig
+from distributed_mi.training.elastic import (
+    refuse_if_too_large,
+    resources_per_worker,
+    wait_for_room,
+    watching_for_room,
+)
 from distributed_mi.training.follow import Follow, following
 from distributed_mi.training.loop import ValidateFn
 from distributed_mi.training.semantics import STAGES as SEMANTIC_STAGES
-from distributed_mi.training.worker import TrainWorker, fit_counts
+from distributed_mi.training.worker import PAUSED, TrainWorker, fit_counts
 
 logger = logging.getLogger(__name__)
 
 WorkerFn = Callable[[dict[str, Any], WorkerGroup], dict[str, Any]]
-"""`fn(payload, group) -> dict`, called on every worker; picklable by cloudpickle."""
+"""`fn(payload, group) -> dict`, called on every worker; picklable by cloudpickle. One that returns `PAUSED` is called
+again with other workers."""
 
 _ERROR_FILE = "error.json"
 
@@ -117,10 +126,10 @@ def _train(
     start_ray: Callable[[], None],
 ) -> dict[str, Any]:
     logger.info(
-        "train %s: %s on %d worker(s), %d users a step, at most %s steps%s",
+        "train %s: %s on %s worker(s), %d users a step, at most %s steps%s",
         config.run_name,
         config.model.name,
-        scaling.workers,
+        _count_text(scaling),
         config.num_users_per_step,
         f"{config.max_steps:,}",
         "; continuing" if stage_run.resumed else "",
@@ -154,19 +163,60 @@ def run_on_workers(
         What worker 0 returned.
 
     Raises:
-        DistributedMIError: as raised by a worker; not retried. StageError: workers died more often than
-            `scaling.max_failures`.
+        DistributedMIError: as raised by a worker; not retried. ConfigError: more workers than the cluster can hold.
+        StageError: workers died more often than `scaling.max_failures`, or there was no room for them in time.
     """
-    if scaling.workers == 1:
+    if scaling.most_workers == 1:
         with _torch_threads(scaling.threads(1)):
             return fn(payload, WorkerGroup.alone(_device(scaling)))
     start_ray()
+    refuse_if_too_large(scaling)
     with _shared_folder(payload) as folder:
         if follow is None:
-            return _run_on_ray(fn, scaling, payload, folder)
+            return _run_attempts(fn, scaling, payload, folder)
         progress = f"{folder}/progress.json"
         with following(progress, follow):
-            return _run_on_ray(fn, scaling, payload | {"progress": progress}, folder)
+            return _run_attempts(fn, scaling, payload | {"progress": progress}, folder)
+
+
+def _count_text(scaling: ScalingConfig) -> str:
+    least, most = scaling.least_workers, scaling.most_workers
+    return str(most) if least == most else f"{least} to {most}"
+
+
+def _run_attempts(
+    fn: WorkerFn, scaling: ScalingConfig, payload: dict[str, Any], folder: str
+) -> dict[str, Any]:
+    """Start the work on the workers there is room for, again and again until it is done."""
+    failures, attempt, deadline = 0, 0, None
+    while True:
+        deadline = deadline or time.monotonic() + scaling.start_timeout_s
+        workers = wait_for_room(scaling, deadline)
+        attempt_folder = f"{folder}/{attempt:04d}"
+        started, room = f"{attempt_folder}/started.json", f"{attempt_folder}/room.json"
+        more = {"room": room} if workers < scaling.most_workers else {}
+        work = _RayWorker(fn, scaling, payload | more, folder, started, os.getcwd())
+        with watching_for_room(scaling, workers, started, room):
+            result, failure = _run_on_ray(work, workers, attempt_folder)
+        _raise_error(folder)
+        if result is not None and not result.get(PAUSED):
+            return result
+        attempt += 1
+        if isinstance(failure, _NoRoomError):  # somebody else was quicker
+            continue
+        deadline = None
+        if failure is None:
+            logger.info("there is room for more than %d worker(s); starting again with them", workers)
+            continue
+        failures += failure.counts
+        if failures > scaling.max_failures:
+            raise StageError(
+                f"the workers failed {failures} times (scaling.max_failures {scaling.max_failures}). "
+                f"Run the same command again to continue from the newest checkpoint. Last failure: {failure}"
+            ) from failure
+        logger.warning(
+            "a worker was lost (%d of at most %d failures); starting again", failures, scaling.max_failures
+        )
 
 
 def _config_json(config: TrainConfig) -> bytes:
@@ -213,6 +263,25 @@ def _shared_folder(payload: dict[str, Any]) -> Iterator[str]:
         shutil.rmtree(folder)
 
 
+class _AttemptError(Exception):
+    """An attempt that ended early, with Ray's explanation."""
+
+    counts = 1
+    """What it adds to the failures."""
+
+
+class _NoRoomError(_AttemptError):
+    """The room that was there is taken, or its machine died before the workers started."""
+
+    counts = 0
+
+
+class _PreemptedError(_AttemptError):
+    """A machine was taken away with notice."""
+
+    counts = 0
+
+
 @dataclass(frozen=True)
 class _RayWorker:
     """The function that Ray Train calls in each worker process."""
@@ -221,6 +290,8 @@ class _RayWorker:
     scaling: ScalingConfig
     payload: dict[str, Any]
     folder: str
+    started: str
+    """File that worker 0 makes when all are there."""
     directory: str
     """Current directory of the driver, for relative paths."""
 
@@ -228,13 +299,14 @@ class _RayWorker:
         """Run the work; leave a message for the driver when it fails for a reason that a restart cannot cure."""
         from ray import train
 
-        if _read_error(self.folder) is not None:
-            return {}  # a restart after such a failure: nothing to do
         _log_in_worker()
         if os.path.isdir(self.directory):
             os.chdir(self.directory)
         torch.set_num_threads(self.scaling.threads(train.get_context().get_local_world_size()))
         group = WorkerGroup.from_torch()
+        if group.rank == 0:
+            fs, path = resolve_url(self.started)
+            write_bytes(fs, path, b"{}\n")
         try:
             return self.fn(self.payload, group)
         except DistributedMIError as error:
@@ -244,9 +316,14 @@ class _RayWorker:
             raise
 
 
-def _run_on_ray(fn: WorkerFn, scaling: ScalingConfig, payload: dict[str, Any], folder: str) -> dict[str, Any]:
+def _run_on_ray(
+    work: _RayWorker, workers: int, folder: str
+) -> tuple[dict[str, Any] | None, _AttemptError | None]:
+    """One attempt with Ray Train, which restarts nothing itself: what worker 0 returned, or why there is nothing."""
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    # There was room a moment ago; where there is none now, asking again finds out how much is left.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "20")
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -260,44 +337,53 @@ def _run_on_ray(fn: WorkerFn, scaling: ScalingConfig, payload: dict[str, Any], f
             return [c for c in callbacks if type(c).__name__ not in unwanted]
 
     api: Any = ray.train  # typed as version 1, which RAY_TRAIN_V2_ENABLED replaces at import
-    _warn_if_too_small(scaling)
     if (
         len(ray.nodes()) == 1
     ):  # a private Ray: no node is taken away with notice, so nobody has to watch for it
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     fs, path = resolve_url(folder)
-    resources = {"CPU": scaling.cpus_per_worker}
-    if scaling.gpus_per_worker:
-        resources["GPU"] = scaling.gpus_per_worker
-    function: Any = _as_function(_RayWorker(fn, scaling, payload, folder, os.getcwd()))
+    on_gpu = work.scaling.gpus_per_worker > 0
+    function: Any = _as_function(work)
     trainer = Trainer(
         function,
-        torch_config=TorchConfig(backend="nccl" if scaling.gpus_per_worker else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=api.ScalingConfig(
-            num_workers=scaling.workers,
-            use_gpu=scaling.gpus_per_worker > 0,
-            resources_per_worker=resources,
+            num_workers=workers, use_gpu=on_gpu, resources_per_worker=resources_per_worker(work.scaling)
         ),
         run_config=api.RunConfig(
             name="workers",
             storage_path=path,
             storage_filesystem=fs,
-            failure_config=api.FailureConfig(max_failures=scaling.max_failures, controller_failure_limit=2),
+            failure_config=api.FailureConfig(
+                max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+            ),
             logging_config=api.LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
         result: Any = trainer.fit()
-    except TrainingFailedError as error:
-        _raise_error(folder)
-        raise StageError(
-            f"the workers failed {scaling.max_failures + 1} times (scaling.max_failures {scaling.max_failures}). "
-            f"Run the same command again to continue from the newest checkpoint. Last failure: {error}"
-        ) from error
-    _raise_error(folder)
+    except (
+        TrainingFailedError,
+        ray.exceptions.RayActorError,
+    ) as error:  # the latter: Ray Train's controller died
+        return None, _attempt_error(error)
     if not isinstance(result.return_value, dict):
         raise StageError(f"worker 0 returned {result.return_value!r}, must be a dict")
-    return result.return_value
+    return result.return_value, None
+
+
+def _attempt_error(error: Exception) -> _AttemptError:
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2.api.exceptions import ControllerError, PreemptionError
+
+    kind = _AttemptError
+    if isinstance(error, PreemptionError):
+        kind = _PreemptedError
+    elif isinstance(error, ControllerError) and isinstance(
+        error.controller_failure, WorkerGroupStartupTimeoutError
+    ):
+        kind = _NoRoomError
+    return kind(str(error))
 
 
 def _log_in_worker() -> None:
@@ -327,21 +413,6 @@ def _has_state_api() -> bool:
     except (RayStateApiException, ConnectionError):
         return False
     return True
-
-
-def _warn_if_too_small(scaling: ScalingConfig) -> None:
-    import ray
-
-    needed = scaling.workers * scaling.cpus_per_worker
-    there = ray.cluster_resources().get("CPU", 0.0)
-    if there < needed:
-        logger.warning(
-            "%d workers of %g CPUs each need %g logical CPUs; the cluster has %g and may have to grow",
-            scaling.workers,
-            scaling.cpus_per_worker,
-            needed,
-            there,
-        )
 
 
 def _write_error(folder: str, error: DistributedMIError) -> None:

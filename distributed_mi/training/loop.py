@@ -24,7 +24,7 @@ from distributed_mi.core.seeding import stream_key
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.table import ItemTable
 from distributed_mi.models.base import Recommender
-from distributed_mi.training.checkpoint import CheckpointStore, ModelSpec
+from distributed_mi.training.checkpoint import CheckpointStore, Keep, ModelSpec
 from distributed_mi.training.config import TrainConfig
 from distributed_mi.training.engine import Engine
 from distributed_mi.training.prefetch import Prefetched, StepSource
@@ -71,6 +71,10 @@ class TrainState:
     """Spent in steps, without validation and checkpoints, over all attempts."""
 
 
+def _never() -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Run:
     """The parts that a loop drives."""
@@ -84,6 +88,8 @@ class Run:
     validate: ValidateFn
     store: CheckpointStore
     bar: ProgressBar
+    wants_pause: Callable[[], bool] = _never
+    """Asked on worker 0 after each checkpoint: whether to stop here and go on with other workers."""
 
 
 class Trainer:
@@ -94,6 +100,8 @@ class Trainer:
         self.log = MetricsLog(fs, metrics_path, writes=run.group.rank == 0)
         self.state = TrainState()
         self._folder = metrics_path.rsplit("/", 1)[0]
+        self.paused = False
+        """Whether `train` ended before its time because `Run.wants_pause` said so."""
         self._pending: list[Tensor] = []
         self._pending_since = 0.0
         self._source: Prefetched | StepSource | None = None
@@ -110,7 +118,7 @@ class Trainer:
         """Resume from the newest complete checkpoint, if any, and train to the end.
 
         Returns:
-            The final state; `best_step` has a checkpoint.
+            The final state; `best_step` has a checkpoint. When `paused` is set, the state of the last checkpoint.
 
         Raises:
             StageError: a loss is not finite; names the step and the last good checkpoint. CheckpointError: the
@@ -127,8 +135,12 @@ class Trainer:
         to_go = TimeToGo(self.config, self.state.step)
         try:
             with torch.random.fork_rng(devices=[]):
-                while not self.state.stop_reason:
+                while not self.state.stop_reason and not self.paused:
                     self._advance(to_go)
+            self.run.store.wait()
+        except BaseException:
+            self.run.store.give_up()
+            raise
         finally:
             self.close()
         return self.state
@@ -169,8 +181,12 @@ class Trainer:
         improved = self._validate() if validation_due else False
         if last and not state.stop_reason:
             state.stop_reason = "max_steps"
+        self.run.store.check()
         if checkpoint_due or improved or state.stop_reason:
             self._checkpoint()
+        if checkpoint_due and not state.stop_reason:
+            group = self.run.group
+            self.paused = group.broadcast_json(group.rank == 0 and self.run.wants_pause())
 
     def step(self) -> None:
         """One step, without looking at its loss, validation or checkpoint."""
@@ -237,6 +253,7 @@ class Trainer:
         row = losses_ST[int(bad[0])]
         step = self.state.step - len(losses_ST) + int(bad[0]) + 1
         values = ", ".join(f"{n} {float(v):g}" for n, v in zip(names, row, strict=True))
+        self.run.store.wait()
         kept = self.run.store.newest()
         where = f"the checkpoint of step {kept.step} is good" if kept else "there is no checkpoint yet"
         self.log.write()
@@ -284,8 +301,8 @@ class Trainer:
     def _checkpoint(self) -> None:
         run, state = self.run, self.state
         self.log.write()
-        run.store.save(state.step, run.spec, run.engine, run.table, asdict(state))
-        run.store.prune(self.config.keep_checkpoints, also=[state.best_step])
+        keep = Keep(self.config.keep_checkpoints, state.best_step)
+        run.store.save(state.step, run.spec, run.engine, run.table, asdict(state), keep)
 
     def _best_text(self) -> str:
         return f"{self.state.best_metric:.4f} at step {self.state.best_step:,}"

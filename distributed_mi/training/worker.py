@@ -3,7 +3,7 @@
 import logging
 import math
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from distributed_mi.training.batching import StepBatches
 from distributed_mi.training.checkpoint import CheckpointStore, ModelSpec
 from distributed_mi.training.config import TrainConfig
 from distributed_mi.training.engine import build_engine
-from distributed_mi.training.follow import FileBar
+from distributed_mi.training.follow import FileBar, FileFlag
 from distributed_mi.training.loop import ProgressBar, Run, Trainer, TrainState, ValidateFn, read_metrics
 from distributed_mi.training.semantics import Semantics
 
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 SEQUENCES_FOLDER = "sequences"
 """Folder of a run for mapped training sequences; removed when the run is done."""
+PAUSED = "paused"
+"""Key of the result of work that ended early, to be started again with more workers, because the file `payload["room"]`
+is there."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +52,23 @@ class TrainWorker:
         """Train to the end, export the best checkpoint.
 
         Args:
-            payload: `workspace` and `generation`, where to read and write; `progress`, a file for the driver's bar.
+            payload: `workspace` and `generation`, where to read and write; `progress`, a file for the driver's bar;
+                `room`, a file that the driver makes when more workers could be had.
             group: the workers.
 
         Returns:
-            Facts for the stage's manifest.
+            Facts for the stage's manifest; or `PAUSED` and the step, when training is to go on with more workers.
         """
         workspace, root = Workspace(payload["workspace"]), payload["generation"]
         config = self.config
         with _progress(config, payload, group) as bar:
             run = assemble(config, workspace, root, group, self.validate, bar)
+            if "room" in payload:
+                run = replace(run, wants_pause=FileFlag(payload["room"]))
             trainer = Trainer(config, run, fs=workspace.fs, metrics_path=f"{root}/metrics.jsonl")
             state = trainer.train()
+        if trainer.paused:
+            return {PAUSED: state.step}
         run.store.export(state.best_step, f"{root}/model", run.table)
         _remove_sequences(workspace, root, group)
         lines = read_metrics(workspace.fs, f"{root}/metrics.jsonl")
@@ -127,7 +135,7 @@ def assemble(
         catalogue_text=model.reads_catalogue_text,
         parts=config.engine.accumulation,
     )
-    store = CheckpointStore(workspace.fs, f"{root}/checkpoints", group)
+    store = CheckpointStore(workspace.fs, f"{root}/checkpoints", group, background=config.checkpoint_async)
     return Run(model, spec, table, engine, group, batches, validate, store, bar)
 
 

@@ -41,10 +41,11 @@ def test_weights_and_optimizer_come_back_bit_for_bit(trained: LocalItemTable, tm
 def test_large_tables_are_cut_into_files(
     trained: LocalItemTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # A row is 8 (id) + 3 * 16 (weight, two moments) + 4 (count) = 60 bytes, so a file holds 10.
+    # A row is at most 8 (id) + 3 * 16 (weight, two moments) + 4 (count) = 60 bytes, so a file holds 10.
     monkeypatch.setattr(checkpoint, "MAX_FILE_BYTES", 600)
     files = save_table(trained, FS, str(tmp_path), 0, 1)
-    assert [len(load_file(tmp_path / name)["ids"]) for name in sorted(files)] == [10, 10, 10]
+    ranges = [load_file(tmp_path / name)["id_range"].tolist() for name in sorted(files)]
+    assert ranges == [[0, 1, 10], [10, 1, 10], [20, 1, 10]]
     other = LocalItemTable(30, 4, seed=9)
     load_table(other, FS, str(tmp_path), files, with_optimizer=True)
     assert_same(trained, other, ["weight", "mean"])
@@ -54,7 +55,7 @@ def test_weights_load_without_the_optimizer_and_into_another_one(
     trained: LocalItemTable, tmp_path: Path
 ) -> None:
     files = save_table(trained, FS, str(tmp_path), 0, 1, with_optimizer=False)
-    assert set(load_file(tmp_path / next(iter(files)))) == {"ids", "weight"}
+    assert set(load_file(tmp_path / next(iter(files)))) == {"id_range", "weight"}
     other = LocalItemTable(30, 4, seed=9, optimizer=SGD())
     load_table(other, FS, str(tmp_path), files, with_optimizer=False)
     assert_same(trained, other, ["weight"])

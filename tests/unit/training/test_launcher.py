@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from distributed_mi.core.artifacts import Workspace
+from distributed_mi.core.config import validate
 from distributed_mi.core.errors import CheckpointError, ConfigError, InputError, WorkspaceError
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.training import launcher
@@ -324,6 +325,27 @@ def test_a_cpu_worker_takes_one_thread_unless_told_otherwise(monkeypatch: pytest
     # The CPU only feeds the GPU there, and has little else to do.
     assert ScalingConfig(gpus_per_worker=1).threads(4) == 4
     assert ScalingConfig(gpus_per_worker=1).threads(99) == 1
+
+
+def test_a_range_of_workers_has_a_least_and_a_most() -> None:
+    fixed, either = ScalingConfig(num_workers=3), ScalingConfig.model_validate({"num_workers": [1, 4]})
+    assert (fixed.least_workers, fixed.most_workers) == (3, 3)
+    assert (either.least_workers, either.most_workers) == (1, 4)
+    assert either.result_fields() == {}
+
+
+@pytest.mark.parametrize(
+    ("count", "message"),
+    [
+        (0, "at least 1 worker"),
+        (-2, "at least 1 worker"),
+        ([0, 2], "at least 1 worker"),
+        ([3, 2], r"\[least, most\] must ascend: \[2, 3\]"),
+    ],
+)
+def test_a_wrong_number_of_workers_names_the_field(count: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"scaling.num_workers: .*{message}"):
+        validate(ScalingConfig, {"num_workers": count}, where="scaling")
 
 
 def test_one_worker_runs_here_with_its_threads() -> None:
