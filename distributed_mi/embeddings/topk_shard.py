@@ -20,10 +20,10 @@ from torch import Tensor
 
 from distributed_mi.embeddings.threads import map_single_threaded
 
-TILE_ROWS = 1_024
+TILE_ROWS = 256
 """Rows scored at once by a thread."""
-TILE_QUERIES = 256
-"""Interests scored at once by a thread; the tile of scores is 1 MiB and stays in the cache."""
+TILE_QUERIES = 512
+"""Interests scored at once by a thread; the tile of scores is 512 KiB and stays in the cache."""
 BUFFER_BYTES = 1 << 23
 """Candidates that a thread holds at once."""
 DEVICE_TILE_ROWS = 65_536

@@ -65,6 +65,7 @@ def accidental_hits(target_ids_B: Tensor, negative_ids_N: Tensor) -> tuple[Tenso
     By binary search: a `[B, N]` comparison would cost as much as the scores.
     """
     sorted_N, order_N = negative_ids_N.sort()
+    target_ids_B = target_ids_B.contiguous()
     low_B = torch.searchsorted(sorted_N, target_ids_B)
     count_B = torch.searchsorted(sorted_N, target_ids_B, right=True) - low_B
     rows = torch.repeat_interleave(torch.arange(len(target_ids_B), device=count_B.device), count_B)
