@@ -10,11 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from distributed_mi.core.machine import available_memory_bytes
 
 BLOCK_BYTES = 32 << 20
 """Size of the float64 scratch block: large enough for an efficient matrix product, small beside the result."""
@@ -236,33 +237,3 @@ def kept_in_memory(similarities: Similarities) -> Similarities:
     if free is not None and 8 * similarities.users**2 > free:
         return similarities
     return MatrixSimilarities(similarity_matrix(similarities.vectors_UD))
-
-
-def available_memory_bytes() -> int | None:
-    """Memory that this machine or container still has, in bytes; None where Linux does not say."""
-    found = [n for n in (_meminfo_available(), _cgroup_available()) if n is not None]
-    return min(found) if found else None
-
-
-def _meminfo_available() -> int | None:
-    path = Path("/proc/meminfo")
-    if not path.exists():
-        return None
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
-def _cgroup_available() -> int | None:
-    folder = Path("/sys/fs/cgroup")
-    limit, used = folder / "memory.max", folder / "memory.current"
-    if not (limit.exists() and used.exists()):
-        return None
-    text = limit.read_text(encoding="utf-8").strip()
-    if text == "max":
-        return None
-    # file cache that the kernel would give up first does not count as used
-    stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
-    held = int(used.read_text(encoding="utf-8")) - int(stat.get("inactive_file", 0))
-    return max(0, int(text) - held)

@@ -51,20 +51,6 @@ def test_row_blocks_cover_every_row_once() -> None:
     assert list(row_blocks(0, 1)) == []
 
 
-def test_available_memory_is_read() -> None:
-    available = similarity.available_memory_bytes()
-    assert available is None or available > 1 << 20
-
-
-def test_the_memory_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(similarity, "_meminfo_available", lambda: 500)
-    for cgroup, wanted in ((300, 300), (900, 500), (None, 500)):
-        monkeypatch.setattr(similarity, "_cgroup_available", lambda found=cgroup: found)
-        assert similarity.available_memory_bytes() == wanted
-    monkeypatch.setattr(similarity, "_meminfo_available", lambda: None)
-    assert similarity.available_memory_bytes() is None
-
-
 def both(vectors: torch.Tensor) -> list[Similarities]:
     """From vectors, and from a matrix whose diagonal is scratch."""
     matrix = similarity_matrix(vectors)
