@@ -16,7 +16,7 @@ from distributed_mi.embeddings.initial import normal_rows
 from distributed_mi.embeddings.optimizer import TableOptimizer, make_optimizer
 
 TILE_ROWS = 16_384
-"""Rows scored at once by a top-k."""
+"""Rows scored at once by a top-k, or updated at once when all are."""
 TILE_QUERIES = 512
 """Queries scored at once by a top-k; the tile of scores is 32 MiB."""
 
@@ -56,31 +56,45 @@ class RowStore:
         self.state = self.optimizer.init_state(self.weight_RD)
         self.holds_padding = len(ids_R) > 0 and int(ids_R[0]) == 0
         self._pending: list[tuple[Tensor, Tensor]] = []
+        self._all_RD: Tensor | None = None
 
     def collect(self, slots: Tensor, grads: Tensor) -> None:
         """Remember row gradients until `step`; slots may repeat, their gradients add up."""
         self._pending.append((slots, grads))
 
+    def collect_all(self) -> Tensor:
+        """A gradient `[R, D]` of every row, to add to in place until `step`; then every row is updated.
+
+        Zero when it is asked for first; padding's row is not read.
+        """
+        if self._all_RD is None:
+            self._all_RD = torch.zeros_like(self.weight_RD)
+        return self._all_RD
+
     def zero_grad(self) -> None:
         """Forget the collected gradients."""
         self._pending.clear()
+        self._all_RD = None
 
     def step(self, lr: float) -> None:
         """Apply the collected gradients and forget them."""
         pending, self._pending = self._pending, []
-        if self.optimizer.touches_all_rows:
-            self._step_all_rows(pending, lr)
+        if self.optimizer.touches_all_rows or self._all_RD is not None:
+            grad_RD = self.collect_all()
+            for slots, grads in pending:
+                grad_RD.index_add_(0, slots, grads)
+            self._step_all(grad_RD, lr)
         elif pending:
             gradients = RowGradients.of(pending, holds_padding=self.holds_padding)
             self.optimizer.apply(self.weight_RD, self.state, gradients, lr)
 
-    def _step_all_rows(self, pending: list[tuple[Tensor, Tensor]], lr: float) -> None:
-        grad_RD = torch.zeros_like(self.weight_RD)
-        for slots, grads in pending:
-            grad_RD.index_add_(0, slots, grads)
-        slots_R = torch.arange(len(self.ids_R), device=self.ids_R.device)
-        first = int(self.holds_padding)
-        self.optimizer.update(self.weight_RD, self.state, slots_R[first:], grad_RD[first:], lr)
+    def _step_all(self, grad_RD: Tensor, lr: float) -> None:
+        """Update every row but padding, a tile at a time: what an optimizer holds beside is a few tiles."""
+        self._all_RD = None
+        for at in range(1 if self.holds_padding else 0, len(self.ids_R), TILE_ROWS):
+            grad_UD = grad_RD[at : at + TILE_ROWS]
+            slots_U = torch.arange(at, at + len(grad_UD), device=self.ids_R.device)
+            self.optimizer.update(self.weight_RD, self.state, slots_U, grad_UD, lr)
 
     def tensors(self) -> dict[str, Tensor]:
         """`weight` and the optimizer's state; not copies."""

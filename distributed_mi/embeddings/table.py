@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from distributed_mi.core.errors import InputError
+from distributed_mi.embeddings.catalogue_loss import InterestChoice, full_catalogue_loss
 from distributed_mi.embeddings.counters import TableCounters
+from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer
 from distributed_mi.embeddings.storage import RowStore, check_ids, check_topk, split_keys
 
@@ -54,6 +56,45 @@ class ItemTable(ABC):
     def logits(self, queries_BD: Tensor, candidate_ids_N: Tensor) -> Tensor:
         """Inner products `[B, N]` of queries with the rows of shared candidates."""
         return queries_BD @ self.rows(candidate_ids_N).T
+
+    def full_catalogue_loss(
+        self,
+        interests_BKD: Tensor,
+        target_ids_B: Tensor,
+        *,
+        choice: InterestChoice = "argmax",
+        power: float = 1.0,
+        target_rows_BD: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of each user's target among all items, with exact gradients of interests and of all rows.
+
+        Never holds more scores than a tile; `catalogue_loss` has the formulas. `step` then updates every row.
+
+        Args:
+            interests_BKD: of this worker's users; workers may have different B, also 0.
+            target_ids_B: int64 in [1, V).
+            choice: which interest scores an item: `argmax` (what serving ranks by), `label_aware`, or `target`.
+            power: p of `label_aware`: how sharply its attention prefers the interest nearest an item.
+            target_rows_BD: rows of the targets where they are at hand, from this table, which spares an exchange.
+
+        Returns:
+            `[B]` float32, not averaged.
+
+        Raises:
+            InputError: a target that is padding or outside the table, an unknown choice, interests of another width.
+        """
+        if bool((target_ids_B == 0).any()):
+            place = int((target_ids_B == 0).nonzero()[0])
+            raise InputError(f"full softmax: the target of user {place} is padding (0)")
+        if target_rows_BD is None:
+            target_rows_BD = self.rows(target_ids_B)
+        return self._full_catalogue_loss(interests_BKD, target_rows_BD, choice, power)
+
+    @abstractmethod
+    def _full_catalogue_loss(
+        self, interests_BKD: Tensor, target_rows_BD: Tensor, choice: InterestChoice, power: float
+    ) -> Tensor:
+        """See `full_catalogue_loss`."""
 
     @abstractmethod
     def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -120,6 +161,19 @@ class LocalItemTable(ItemTable):
         flat = torch.cat([i.reshape(-1) for i in ids])
         check_ids(flat, self.num_rows)
         return split_rows(_LocalRows.apply(self._anchor, flat, self.store), ids)
+
+    def _full_catalogue_loss(
+        self, interests_BKD: Tensor, target_rows_BD: Tensor, choice: InterestChoice, power: float
+    ) -> Tensor:
+        return full_catalogue_loss(
+            interests_BKD,
+            target_rows_BD,
+            store=self.store,
+            group=WorkerGroup.alone(self._anchor.device),
+            anchor=self._anchor,
+            choice=choice,
+            power=power,
+        )
 
     def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """See `ItemTable.topk`. Never holds more scores than one tile (`storage.TILE_ROWS` by `TILE_QUERIES`)."""

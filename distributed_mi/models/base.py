@@ -167,7 +167,7 @@ class StepRows:
     Args:
         history_BLD: rows of the histories.
         target_BD: rows of the targets.
-        negative_ND: rows of the shared negatives.
+        negative_ND: rows of the shared negatives; none where the model has not `reads_negatives`.
     """
 
     history_BLD: Tensor
@@ -209,6 +209,16 @@ class Recommender(nn.Module):
     (EIMF's `recommendation_read_out`). None: there is no choice to replace."""
 
     @property
+    def reads_negatives(self) -> bool:
+        """Whether `loss` needs the rows of the step's shared negatives."""
+        return True
+
+    @property
+    def reads_log_q(self) -> bool:
+        """Whether `loss` corrects scores by how probable items are as negatives."""
+        return True
+
+    @property
     def reads_catalogue_text(self) -> bool:
         """Whether `loss` needs the text vectors of all items, on each worker's device."""
         return False
@@ -232,9 +242,8 @@ class Recommender(nn.Module):
 
     def step_rows(self, batch: TrainBatch) -> StepRows:
         """Every item row that a step needs, in one exchange."""
-        return StepRows(
-            *self.items.lookup(batch.history.item_ids_BL, batch.target_ids_B, batch.negative_ids_N)
-        )
+        negative_ids = batch.negative_ids_N if self.reads_negatives else batch.negative_ids_N[:0]
+        return StepRows(*self.items.lookup(batch.history.item_ids_BL, batch.target_ids_B, negative_ids))
 
     def encode_rows(self, history: HistoryBatch, history_rows_BLD: Tensor) -> UserState:
         """`encode` on rows that were fetched already, so that a model built on another shares its lookup."""

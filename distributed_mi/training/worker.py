@@ -114,6 +114,10 @@ def assemble(
         **sharding(config, counts_V, group.size),
     )
     model = spec.build_model(table, seed=stream_key(config.seed, "model") % (1 << 63)).to(group.device)
+    if config.negatives.log_q and not model.reads_log_q:
+        raise ConfigError(
+            f"train.negatives.log_q: the loss of {config.model.name} has no scores to correct; set it to false"
+        )
     engine = build_engine(model, config.engine, learning_rate=config.learning_rate, group=group)
     batches = StepBatches(
         _sampler(config, sequences, group),
