@@ -23,7 +23,7 @@ from distributed_mi.core.machine import available_memory_bytes
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.table import LocalItemTable
 from distributed_mi.models.base import HistoryBatch, PositionTargets, Recommender, SemanticBatch, TrainBatch
-from distributed_mi.training.config import ScalingConfig, TrainConfig
+from distributed_mi.training.config import EngineConfig, ScalingConfig, TrainConfig
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def predict(config: TrainConfig, sizes: Sizes, workers: int, probe: "Probe") -> 
     need.device = {
         "item table": rows * (4 * dim + 8),
         "its optimizer state": rows * _state_bytes(config.table, dim),
-        "dense parameters and Adam": _dense_bytes(config, probe.num_parameters, workers),
+        "dense parameters and Adam": dense_bytes(config.engine, probe.num_parameters, workers),
         "forward and backward": probe.bytes(users),
         # ids, rows and gradients, here and on their way
         "exchange buffers": fetched * (24 + 4 * 4 * dim) if workers > 1 else fetched * (8 + 2 * 4 * dim),
@@ -160,9 +160,9 @@ def _state_bytes(table: TableOptimizerConfig, dim: int) -> int:
     return {"adam": 8 * dim + 4, "adagrad": 4 * dim, "row_adagrad": 4, "sgd": 0}[table.name]
 
 
-def _dense_bytes(config: TrainConfig, parameters: int, workers: int) -> int:
+def dense_bytes(config: EngineConfig, parameters: int, workers: int) -> int:
     """Values, gradients and Adam's two moments; from ZeRO 1 on a master copy of the values too."""
-    stage = config.engine.zero_stage
+    stage = config.zero_stage
     whole, spread = {0: (16, 0), 1: (8, 12), 2: (4, 16), 3: (0, 20)}[stage]
     return parameters * whole + math.ceil(parameters * spread / workers)
 
