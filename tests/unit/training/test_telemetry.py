@@ -131,8 +131,8 @@ def test_tensorboard_gets_losses_rates_and_metrics_of_their_step(
     by_name = {n for n, _, _ in writer.scalars}
     assert {
         "loss",
-        "loss/recommendation",
-        "loss/routing",
+        "loss_terms/recommendation",
+        "loss_terms/routing",
         "users_per_s",
         "recall@50",
         "unique_share",
