@@ -35,9 +35,9 @@ from distributed_mi.embeddings.storage import RowStore
 InterestChoice = Literal["target", "argmax", "label_aware"]
 """Which of a user's interests scores an item; see the module docstring."""
 
-TILE_SIDE = {"cpu": 1_024, "cuda": 8_192}
-"""Rows of a tile, and interests of a tile over all its users: 4 MiB of scores stay in a CPU's cache (half and twice
-the side are slower), 256 MiB are enough for a GPU."""
+TILE_SIDE = {"cpu": 512, "cuda": 8_192}
+"""Rows of a tile, and interests of a tile over all its users: 1 MiB of scores stay in a CPU's cache (half and twice the
+side are slower), 256 MiB are enough for a GPU."""
 USERS_PER_ROUND = 8_192
 """Users of all workers that are gathered at once."""
 

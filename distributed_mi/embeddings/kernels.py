@@ -16,8 +16,10 @@ from numba import njit
 _FAST = {"contract", "reassoc"}
 """NaN and infinity keep their meaning: training stops on them."""
 
+# error_model="numpy": a division that may raise keeps a loop scalar, at three times the seconds.
 
-@njit(nogil=True, cache=True)
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def group_by_row(inverse_N, num_rows):
     """Positions of each row's gradients, in the order of arrival: `starts_P`, `order_N`."""
     starts_P = np.zeros(num_rows + 1, np.int64)
@@ -33,33 +35,33 @@ def group_by_row(inverse_N, num_rows):
     return starts_P, order_N
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def _add(grad_D, total_D):
     for d in range(len(total_D)):
         total_D[d] += grad_D[d]
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def _total(u, starts_P, order_N, grads_ND, total_D):
     total_D[:] = grads_ND[order_N[starts_P[u]]]
     for at in range(starts_P[u] + 1, starts_P[u + 1]):
         _add(grads_ND[order_N[at]], total_D)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def sum_by_row(inverse_N, grads_ND, out_UD):
     """`out[inverse[n]] += grads[n]`, in the order of n."""
     for n in range(len(inverse_N)):
         _add(grads_ND[n], out_UD[inverse_N[n]])
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def _descend(weight_D, grad_D, lr):
     for d in range(len(weight_D)):
         weight_D[d] -= lr * grad_D[d]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def sgd(weight_RD, slots_U, starts_P, order_N, grads_ND, first, lr):
     """`w -= lr g`."""
     total_D = np.empty(weight_RD.shape[1], np.float32)
@@ -68,14 +70,14 @@ def sgd(weight_RD, slots_U, starts_P, order_N, grads_ND, first, lr):
         _descend(weight_RD[slots_U[u]], total_D, np.float32(lr))
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def _adagrad_row(weight_D, sums_D, grad_D, lr, eps):
     for d in range(len(weight_D)):
         sums_D[d] += grad_D[d] * grad_D[d]
         weight_D[d] -= lr * grad_D[d] / (np.sqrt(sums_D[d]) + eps)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def adagrad(weight_RD, sums_RD, slots_U, starts_P, order_N, grads_ND, first, lr, eps):
     """`s += g^2; w -= lr g / (sqrt(s) + eps)`, number by number."""
     total_D = np.empty(weight_RD.shape[1], np.float32)
@@ -85,7 +87,7 @@ def adagrad(weight_RD, sums_RD, slots_U, starts_P, order_N, grads_ND, first, lr,
         _adagrad_row(weight_RD[slot], sums_RD[slot], total_D, np.float32(lr), np.float32(eps))
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def _sum_of_squares(grad_D):
     total = np.float32(0.0)
     for d in range(len(grad_D)):
@@ -93,7 +95,7 @@ def _sum_of_squares(grad_D):
     return total
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def row_adagrad(weight_RD, sums_R, slots_U, starts_P, order_N, grads_ND, first, lr, eps):
     """The same with one sum per row, of the mean squares of its gradients."""
     width = np.float32(weight_RD.shape[1])
@@ -106,7 +108,7 @@ def row_adagrad(weight_RD, sums_R, slots_U, starts_P, order_N, grads_ND, first, 
         _descend(weight_RD[slot], total_D, step)
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def _adam_row(weight_D, mean_D, square_D, grad_D, take1, keep2, take2, step, root, eps):
     for d in range(len(weight_D)):
         mean = mean_D[d] + take1 * (grad_D[d] - mean_D[d])
@@ -116,7 +118,7 @@ def _adam_row(weight_D, mean_D, square_D, grad_D, take1, keep2, take2, step, roo
         weight_D[d] -= step * mean / (np.sqrt(square) / root + eps)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def adam(
     weight_RD,
     mean_RD,
@@ -131,8 +133,13 @@ def adam(
     beta1,
     beta2,
     eps,
+    corrections_T2,
 ):
-    """Adam with each row's own count of updates."""
+    """Adam with each row's own count of updates.
+
+    `corrections_T2[count]` is `1 - beta1^count, sqrt(1 - beta2^count)`; beyond the table they are computed, which costs
+    as much as the row.
+    """
     total_D = np.empty(weight_RD.shape[1], np.float32)
     take1, keep2, take2 = np.float32(1 - beta1), np.float32(beta2), np.float32(1 - beta2)
     for u in range(first, len(slots_U)):
@@ -140,9 +147,11 @@ def adam(
         slot = slots_U[u]
         updates_R[slot] += 1
         count = updates_R[slot]
-        # In float64: 1 - 0.999 loses four of float32's seven digits.
-        step = np.float32(lr / (1 - beta1**count))
-        root = np.float32(np.sqrt(1 - beta2**count))
+        if count < len(corrections_T2):
+            one, two = corrections_T2[count]
+        else:
+            one, two = 1 - beta1**count, np.sqrt(1 - beta2**count)
+        step, root = np.float32(lr / one), np.float32(two)
         _adam_row(
             weight_RD[slot],
             mean_RD[slot],

@@ -16,11 +16,15 @@ Shapes:  R rows of this worker, U distinct rows touched in a step, D width.
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.gradients import RowGradients
+
+_CORRECTIONS = 8_192
+"""Counts of updates for which Adam's corrections of the bias stand in a table."""
 
 
 class TableOptimizer(ABC):
@@ -142,6 +146,9 @@ class LazyAdam(TableOptimizer):
 
     def __init__(self, *, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        # In float64: 1 - 0.999 loses four of float32's seven digits.
+        count_T = np.arange(_CORRECTIONS, dtype=np.float64)
+        self._corrections = np.stack([1 - beta1**count_T, np.sqrt(1 - beta2**count_T)], axis=1)
 
     def init_state(self, weight_RD: Tensor) -> dict[str, Tensor]:
         """`mean` and `mean_square` `[R, D]`, `num_updates` `[R]` int32."""
@@ -174,7 +181,8 @@ class LazyAdam(TableOptimizer):
         from distributed_mi.embeddings import kernels
 
         moments = (state["mean"], state["mean_square"], state["num_updates"])
-        kernels.adam(weight_RD, *moments, *grouped, lr, self.beta1, self.beta2, self.eps)
+        betas = (self.beta1, self.beta2)
+        kernels.adam(weight_RD, *moments, *grouped, lr, *betas, self.eps, self._corrections)
 
 
 class DenseAdam(LazyAdam):

@@ -5,7 +5,7 @@ first, over all id tensors of the call, so a popular item and the padding travel
 sends the summed row gradients back the same way, and the owner adds what it gets from all workers: the gradient of
 the step is the sum of the workers' partial losses (`LossTerms.total`).
 
-Shapes:  V rows, D width, W workers, U distinct ids of this worker's lookup, Q queries.
+Shapes:  V rows, D width, W workers, U distinct ids of this worker's lookup.
 """
 
 import time
@@ -23,11 +23,9 @@ from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer
 from distributed_mi.embeddings.placement import Modulo, Placement
 from distributed_mi.embeddings.replication import HotRows
-from distributed_mi.embeddings.storage import RowStore, check_ids, check_topk, split_keys
+from distributed_mi.embeddings.storage import RowStore, check_ids
 from distributed_mi.embeddings.table import ItemTable, check_size, split_rows
-
-QUERIES_PER_ROUND = 4_096
-"""Queries of one worker that a collective top-k handles at once; bounds what every worker gathers."""
+from distributed_mi.embeddings.topk import TopK, check_topk, sharded_topk
 
 
 class ShardedItemTable(ItemTable):
@@ -129,31 +127,10 @@ class ShardedItemTable(ItemTable):
             power=power,
         )
 
-    @torch.no_grad()
-    def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `ItemTable.topk`.
-
-        Every worker scores the queries of all against its rows; k candidates per query and shard travel back.
-        """
-        check_topk(queries_QD, k, self.num_rows, self.dim)
-        queries_QD = queries_QD.detach().float()
-        mine = -(-len(queries_QD) // QUERIES_PER_ROUND)
-        rounds = max(int(n) for n in self.group.all_gather_json(mine))
-        keys = [
-            self._topk_round(queries_QD[i * QUERIES_PER_ROUND : (i + 1) * QUERIES_PER_ROUND], k)
-            for i in range(rounds)
-        ]
-        return split_keys(torch.cat(keys) if keys else self.store.ids_R.new_empty((0, k)))
-
-    def _topk_round(self, queries_QD: Tensor, k: int) -> Tensor:
-        everyone = self.group.all_gather_rows(queries_QD)
-        candidates = self.store.topk_keys(torch.cat(everyone), k)
-        counts = [len(q) for q in everyone]
-        received, _ = self.group.all_to_all_rows(candidates, counts)
-        by_shard_WQk = received.view(self.group.size, len(queries_QD), k)
-        return (
-            by_shard_WQk.transpose(0, 1).reshape(len(queries_QD), self.group.size * k).topk(k, dim=1).values
-        )
+    def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
+        """See `ItemTable.topk`."""
+        check_topk(interests, k, self.num_rows, self.dim)
+        return sharded_topk(self.store.weight_RD, self.store.ids_R, interests, k, self.group, seen_M2)
 
     def step(self, learning_rate: float) -> None:
         """See `ItemTable.step`. The gradients are here already, but for those of replicated rows."""

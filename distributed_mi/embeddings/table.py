@@ -19,7 +19,8 @@ from distributed_mi.embeddings.catalogue_loss import InterestChoice, full_catalo
 from distributed_mi.embeddings.counters import TableCounters
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer
-from distributed_mi.embeddings.storage import RowStore, check_ids, check_topk, split_keys
+from distributed_mi.embeddings.storage import RowStore, check_ids
+from distributed_mi.embeddings.topk import TopK, check_topk, local_topk
 
 
 class ItemTable(ABC):
@@ -97,15 +98,23 @@ class ItemTable(ABC):
         """See `full_catalogue_loss`."""
 
     @abstractmethod
-    def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Exact top-k of the whole catalogue by inner product, for this worker's queries.
+    def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
+        """Exact top-k of the whole catalogue for this worker's users, by the largest inner product over K interests.
+
+        The result does not depend, in any bit, on how many users are asked for at once, on the workers, or on who
+        holds which row; see `embeddings.topk`.
 
         Args:
-            queries_QD: float32; workers may have different Q, also 0.
+            interests: float32 `[B, K, D]`, or `[B, D]` for users with one interest; workers may have different B, also
+                0.
             k: at most V - 1.
+            seen_M2: int64 `[M, 2]` pairs (place in B, id) to leave out; None: nothing is left out.
 
         Returns:
-            scores_Qk float32 descending and ids_Qk int64; padding is never returned; ties go to the smaller id.
+            Scores, ids and interests `[B, k]`; padding is never returned; ties go to the smaller id.
+
+        Raises:
+            InputError: k or the shape of the interests is wrong.
         """
 
     @abstractmethod
@@ -175,10 +184,10 @@ class LocalItemTable(ItemTable):
             power=power,
         )
 
-    def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `ItemTable.topk`. Never holds more scores than one tile (`storage.TILE_ROWS` by `TILE_QUERIES`)."""
-        check_topk(queries_QD, k, self.num_rows, self.dim)
-        return split_keys(self.store.topk_keys(queries_QD.detach().float(), k))
+    def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
+        """See `ItemTable.topk`."""
+        check_topk(interests, k, self.num_rows, self.dim)
+        return local_topk(self.store.weight_RD, self.store.ids_R, interests, k, seen_M2)
 
     def step(self, learning_rate: float) -> None:
         """See `ItemTable.step`."""

@@ -15,7 +15,8 @@ class LossConfig(ConfigModel):
     name: LossName = "sampled_softmax"
     """`sampled_softmax` over the target and the step's shared negatives. `hard_negatives`: the same, with negatives
     weighted by how near they are (REMI). `in_batch`: softmax over the targets of all users of the step. `bpr`: target
-    against each shared negative, pairwise. `gbce`: binary cross-entropy on target and shared negatives, calibrated.
+    against each shared negative, pairwise. `gbce`: binary cross-entropy on target and shared negatives, calibrated;
+    not for interests that are means of item vectors (`comirec_sa`, `remi`), whose scores cannot all be negative.
     `full_softmax`: softmax over all items, in tiles; every step then trains every row. `in_batch` and `full_softmax`
     look up no negatives. `train.negatives.log_q` corrects the first three; for `in_batch`, whose negatives are as
     popular as targets, with `train.negatives.name = "popularity"`."""

@@ -17,7 +17,8 @@ probability of the target raised to the power beta, which undoes the overconfide
 
 t = 0 is plain binary cross-entropy (beta = 1); at t = 1 (beta = alpha) the sigmoid of a score estimates the probability
 that the item is the target, as it would with all negatives. N counts the draws of a step; n_b those of them that are no
-accidental hits of the user.
+accidental hits of the user. The sigmoid needs scores that are negative for almost every item, which a user vector that
+is a mean of item vectors cannot give: comirec_sa and remi learn little from it, youtube_dnn with its layer does.
 
 Shapes:  B users, N shared negatives, V items with padding, D width.
 """

@@ -192,7 +192,7 @@ def test_a_counted_model_is_fitted_from_counts_and_has_no_loss(name: str) -> Non
     model = make_model(name)
     counts = torch.randperm(NUM_ROWS, generator=torch.Generator().manual_seed(0))
     model.fit_counts(counts)
-    scores, ids = model.items.topk(encode(model, make_history(1))[:, 0], NUM_ROWS - 1)
+    scores, ids, _ = model.items.topk(encode(model, make_history(1))[:, 0], NUM_ROWS - 1)
     expected = counts[1:].sort(descending=True)
     assert scores[0].tolist() == expected.values.float().tolist()
     assert ids[0].tolist() == (expected.indices + 1).tolist()

@@ -182,6 +182,7 @@ def all_losses(group: WorkerGroup, payload: dict[str, Any]) -> dict[str, Any]:
 
 def rounds(group: WorkerGroup, choice: InterestChoice) -> dict[str, float]:
     """Three users of all workers at a time, tiles of 7 rows; losses weighted so that no two users are alike."""
+    usual = catalogue_loss.USERS_PER_ROUND, catalogue_loss.TILE_SIDE["cpu"]
     catalogue_loss.USERS_PER_ROUND, catalogue_loss.TILE_SIDE["cpu"] = 3, 7
     generator = torch.Generator().manual_seed(2)
     interests = torch.randn(11, 3, DIM, generator=generator, requires_grad=True)
@@ -199,7 +200,7 @@ def rounds(group: WorkerGroup, choice: InterestChoice) -> dict[str, float]:
     (found * weights[mine]).sum().backward()
     assert own.grad is not None
     table.step(1.0)
-    catalogue_loss.USERS_PER_ROUND, catalogue_loss.TILE_SIDE["cpu"] = 8_192, 1_024
+    catalogue_loss.USERS_PER_ROUND, catalogue_loss.TILE_SIDE["cpu"] = usual
     return {
         "loss": gap(found, expected[mine], scale=expected),
         "interests": gap(own.grad, interests.grad[mine], scale=interests.grad),

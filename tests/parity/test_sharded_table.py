@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from distributed_mi.core.errors import InputError
-from distributed_mi.embeddings import sharded
+from distributed_mi.embeddings import optimizer as optimizer_module
+from distributed_mi.embeddings import topk as topk_module
 from distributed_mi.embeddings.checkpoint import load_table, save_table
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.group import WorkerGroup
@@ -199,7 +200,9 @@ def training(group: WorkerGroup, name: str, **options: Any) -> dict[str, float]:
 
 def topk(group: WorkerGroup, **options: Any) -> dict[str, Any]:
     table, local = make_sharded(group, **options), make_table()
-    sharded.QUERIES_PER_ROUND = 3  # several rounds, of which a worker with few queries has fewer
+    topk_module.GATHERED_USERS = (
+        3 * group.size
+    )  # several rounds, of which a worker with few queries has fewer
     generator = torch.Generator().manual_seed(1)
     whole_numbers = torch.randint(-1, 2, (NUM_ROWS, DIM), generator=generator).float()
     for items in (table, local):
@@ -207,8 +210,8 @@ def topk(group: WorkerGroup, **options: Any) -> dict[str, Any]:
     queries = torch.randint(-1, 2, (5 * group.rank, DIM), generator=generator).float()  # worker 0 has none
     same = []
     for k in (1, 7, NUM_ROWS - 1):
-        scores, ids = table.topk(queries, k)
-        expected_scores, expected_ids = local.topk(queries, k)
+        scores, ids, _ = table.topk(queries, k)
+        expected_scores, expected_ids, _ = local.topk(queries, k)
         same.append(torch.equal(ids, expected_ids) and torch.equal(scores, expected_scores))
     return {"same": same, "queries": len(queries)}
 
@@ -449,6 +452,29 @@ def test_lazy_adam_of_a_row_is_torch_adam_over_the_steps_that_touched_it() -> No
             optimizer.zero_grad()
     torch.testing.assert_close(table.state()[1]["weight"][2], alone.detach(), rtol=1e-6, atol=1e-6)
     assert table.state()[1]["num_updates"].tolist() == [0, 6, 3, 0]
+
+
+def test_adam_beyond_its_table_of_corrections_goes_on_as_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optimizer_module, "_CORRECTIONS", 4)
+    options: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6}
+    config = TableOptimizerConfig(beta1=0.8, beta2=0.95, eps=1e-6)
+    assert against_torch(config, lambda p: torch.optim.Adam(p, **options), all_rows=True) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["adam", "adagrad", "row_adagrad", "sgd"])
+def test_compiled_and_torch_forms_of_an_update_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def trained() -> dict[str, Tensor]:
+        table = LocalItemTable(50, 7, seed=2, optimizer=make_optimizer(TableOptimizerConfig(name=name)))
+        for step in range(20):
+            ids = torch.randint(0, 50, (40,), generator=torch.Generator().manual_seed(step))
+            (table.rows(ids) - 1).square().sum().backward()
+            table.step(0.05)
+        return table.state()[1]
+
+    compiled = trained()
+    monkeypatch.setattr(type(make_optimizer(TableOptimizerConfig(name=name))), "has_kernel", False)
+    for key, values in trained().items():
+        torch.testing.assert_close(compiled[key], values, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("all_rows", [True, False])

@@ -197,7 +197,7 @@ def test_most_popular_is_counted_without_steps(tmp_path: Path) -> None:
     model = load_model(workspace.fs, workspace.stage("train/most_popular").path("model"))
     catalogue = workspace.stage("prepare").read("catalogue", "catalogue")
     counts = catalogue.column("num_train_events").to_pylist()
-    scores, ids = model.items.topk(torch.eye(1, 16), 3)
+    scores, ids, _ = model.items.topk(torch.eye(1, 16), 3)
     best = sorted(range(60), key=lambda i: (-counts[i], i))[:3]
     assert ids.tolist() == [[i + 1 for i in best]]
     assert scores.tolist() == [[float(counts[i]) for i in best]]
