@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from distributed_mi import __version__
-from distributed_mi.core.errors import DistributedMIError
+from distributed_mi.core.errors import ConfigError, DistributedMIError
 
 if TYPE_CHECKING:
     from distributed_mi.core.config import FieldDoc
@@ -182,12 +182,14 @@ def print_reports(reports: list[dict[str, Any]]) -> None:
 
 ForceOption = Annotated[
     bool,
-    typer.Option("--force", help="Start although the predicted memory is not there (exemplars.force=true)."),
+    typer.Option(
+        "--force", help="Start although the predicted memory is not there (exemplars.force, train.force)."
+    ),
 ]
 
 
-def _forced(overrides: Sequence[str] | None, force: bool) -> list[str]:
-    return [*(overrides or ()), *(["exemplars.force=true"] if force else [])]
+def _forced(overrides: Sequence[str] | None, force: bool, *stages: str) -> list[str]:
+    return [*(overrides or ()), *(f"{stage}.force=true" for stage in stages if force)]
 
 
 class DefaultCommandGroup(typer.core.TyperGroup):
@@ -211,9 +213,25 @@ def _stage_command(name: str) -> None:
             print_reports(pipeline.reports()[-1:])
 
     def exemplars(config: ConfigPath, overrides: Overrides = None, force: ForceOption = False) -> None:
-        run_stages(config, _forced(overrides, force), [name], name)
+        run_stages(config, _forced(overrides, force, name), [name], name)
 
-    chosen = exemplars if name == "exemplars" else command
+    def train(
+        config: ConfigPath,
+        overrides: Overrides = None,
+        force: ForceOption = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Say how much memory every worker will need, and stop.")
+        ] = False,
+    ) -> None:
+        if not dry_run:
+            run_stages(config, _forced(overrides, force, name), [name], name)
+            return
+        text, refusal = open_pipeline(config, overrides).train_dry_run()
+        typer.echo(text)
+        if refusal and not force:
+            raise ConfigError(refusal)
+
+    chosen = {"exemplars": exemplars, "train": train}.get(name, command)
     chosen.__doc__ = STAGE_HELP[name]
     app.command(name, cls=FieldHelpCommand)(chosen)
 
@@ -324,7 +342,9 @@ def run_command(config: ConfigPath, overrides: Overrides = None, force: ForceOpt
     """Run every stage in order, skipping what is done, and print the metrics of all runs."""
     from distributed_mi.pipeline import STAGES
 
-    print_reports(run_stages(config, _forced(overrides, force), STAGES, "run").reports())
+    print_reports(
+        run_stages(config, _forced(overrides, force, "exemplars", "train"), STAGES, "run").reports()
+    )
 
 
 @app.command(cls=FieldHelpCommand)

@@ -166,6 +166,15 @@ class Pipeline:
             ),
         )
 
+    def train_dry_run(self) -> tuple[str, str]:
+        """What training would need on this machine: a table, and why it cannot fit (empty: it can). Starts nothing."""
+        from distributed_mi.training import preflight
+
+        config, scaling = self.experiment.run_configs()[-1], self.experiment.scaling
+        sizes = preflight.Sizes.read(config, self.workspace)
+        verdict = preflight.judge(config, scaling, sizes, [preflight.this_machine(scaling)])
+        return verdict.text, verdict.refusal
+
     def evaluate(self, run_name: str | None = None) -> Manifest:
         """Checkpoint -> report on the whole catalogue."""
         from distributed_mi.evaluation import stage

@@ -380,5 +380,12 @@ class EveryPositionSampler(Sampler):
         )
         user_index_B = self.sequences.user_index_U[rows_B]
         return EveryPositionStep(
-            rows_B, user_index_B, ids_BL, mask_BL, targets_BL, target_mask_BL, targets_BL[:, -1], num_targets
+            rows_B,
+            user_index_B,
+            ids_BL,
+            mask_BL,
+            targets_BL,
+            target_mask_BL,
+            targets_BL[:, -1].copy(),
+            num_targets,
         )

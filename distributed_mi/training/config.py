@@ -85,12 +85,13 @@ class TrackingConfig(ConfigModel):
     """Where metrics go beside the run's `metrics.jsonl`: loss and its terms, validation metrics, users/s, shares."""
 
     name: Literal["none", "tensorboard", "mlflow"] = runtime("none")
-    """`tensorboard` writes event files, `mlflow` sends to a tracking server or folder. Each needs its library (extras
+    """`tensorboard` writes event files, `mlflow` sends to a tracking server or database. Each needs its library (extras
     `tensorboard` and `mlflow`)."""
     directory: str | None = runtime(None)
     """Folder of TensorBoard's event files. None: `tensorboard` in the run's folder."""
     uri: str | None = runtime(None)
-    """Tracking URI of MLflow, a server or a folder. None: `MLFLOW_TRACKING_URI`, else MLflow's own default."""
+    """Tracking URI of MLflow (`http://host:5000`, `sqlite:///runs.db`). None: `MLFLOW_TRACKING_URI`, else MLflow's own
+    default."""
     experiment: str = runtime("distributed_mi")
     """Name of the MLflow experiment; made when it does not exist."""
 

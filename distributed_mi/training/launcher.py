@@ -34,6 +34,7 @@ from distributed_mi.core.artifacts import (
 from distributed_mi.core.config import content_hash
 from distributed_mi.core.errors import ConfigError, DistributedMIError, StageError
 from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.training import preflight
 from distributed_mi.training.checkpoint import has_manifest, read_manifest
 from distributed_mi.training.config import ScalingConfig, TrainConfig
 from distributed_mi.training.elastic import (
@@ -134,9 +135,30 @@ def _train(
         f"{config.max_steps:,}",
         "; continuing" if stage_run.resumed else "",
     )
+    predicted = preflight.check(config, scaling, workspace, _nodes(scaling, start_ray))
     payload = {"workspace": workspace.absolute_url, "generation": stage_run.root}
     follow = Follow(f"train {config.run_name}", config.max_steps, "steps")
-    return run_on_workers(TrainWorker(config, validate), scaling, start_ray, payload, follow=follow)
+    stats = run_on_workers(TrainWorker(config, validate), scaling, start_ray, payload, follow=follow)
+    return stats | {"predicted_memory": predicted}
+
+
+def _nodes(scaling: ScalingConfig, start_ray: Callable[[], None]) -> list[preflight.Node]:
+    """The machines that the workers will run on, filled one after the other as Ray packs them."""
+    if scaling.least_workers == 1:
+        return [preflight.this_machine(scaling)]
+    start_ray()
+    import ray
+
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if len(found) == 1:
+        return [preflight.this_machine(scaling)]
+    out, left = [], scaling.least_workers
+    for resources in sorted(found, key=lambda r: r.get("CPU", 0.0), reverse=True):
+        here = min(left, int(resources.get("CPU", 0.0) // scaling.cpus_per_worker))
+        if here:
+            out.append(preflight.Node(int(resources.get("memory", 0)) or None, here))
+            left -= here
+    return out
 
 
 def run_on_workers(

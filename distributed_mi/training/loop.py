@@ -231,7 +231,12 @@ class Trainer:
         self.log.append(
             "train", self.state, loss=loss, terms=terms, steps=steps, users_per_s=rate, costs=facts
         )
-        tracked = {"loss": loss, **{f"loss/{n}": v for n, v in terms.items()}, "users_per_s": rate, **facts}
+        tracked = {
+            "loss": loss,
+            **{f"loss_terms/{n}": v for n, v in terms.items()},
+            "users_per_s": rate,
+            **facts,
+        }
         self._tracker.log(self.state.step, tracked)
         self.run.bar.advance(steps, self._note(loss, users_per_s, facts))
 

@@ -22,7 +22,13 @@ def _commit(workspace: Workspace, stage: str, tables: dict[str, tuple[str, pa.Ta
     run = workspace.stage(stage).open(StageKey(stage, {}, {"made": "by hand"}))
     for folder, (name, table) in tables.items():
         run.write_table(f"{folder}/part-0.parquet", table, name)
-    run.commit(rows={folder: table.num_rows for folder, (_, table) in tables.items()}, stats=stats)
+    # Named as the stages name them: items, train, validation, item_vectors, ...
+    rows = {folder.removeprefix("sequences/"): table.num_rows for folder, (_, table) in tables.items()}
+    if "catalogue" in rows:
+        rows["items"] = rows.pop("catalogue")
+        events = tables["sequences/train"][1].column("item_indices")
+        rows["events"] = len(events.combine_chunks().flatten())
+    run.commit(rows=rows, stats=stats)
 
 
 def _sequences(rng: np.random.Generator, first: int, count: int, history_share: float) -> pa.Table:
