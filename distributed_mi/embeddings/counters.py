@@ -10,7 +10,8 @@ class TableCounters:
     ids: int = 0
     """Ids that lookups were asked for, repeats included."""
     unique_ids: int = 0
-    """Distinct ids of each lookup, summed: rows that were fetched and gradients that were sent."""
+    """Distinct ids of each lookup, summed: rows that were fetched and gradients that were sent. Of a local table: rows
+    that its steps have changed."""
     exchanged_bytes: int = 0
     """Bytes that left this process for another one: ids, rows and gradients."""
     exchange_seconds: float = 0.0

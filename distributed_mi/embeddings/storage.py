@@ -51,6 +51,8 @@ class RowStore:
         self.holds_padding = len(ids_R) > 0 and int(ids_R[0]) == 0
         self._pending: list[tuple[Tensor, Tensor]] = []
         self._all_RD: Tensor | None = None
+        self.num_touched = 0
+        """Rows that the last step changed."""
 
     def collect(self, slots: Tensor, grads: Tensor) -> None:
         """Remember row gradients until `step`; slots may repeat, their gradients add up."""
@@ -78,8 +80,10 @@ class RowStore:
             for slots, grads in pending:
                 grad_RD.index_add_(0, slots, grads)
             self._step_all(grad_RD, lr)
+            self.num_touched = len(grad_RD)
         elif pending:
             gradients = RowGradients.of(pending, holds_padding=self.holds_padding)
+            self.num_touched = len(gradients.slots_U)
             self.optimizer.apply(self.weight_RD, self.state, gradients, lr)
 
     def _step_all(self, grad_RD: Tensor, lr: float) -> None:

@@ -7,6 +7,7 @@ model cannot tell them apart.
 Shapes:  V rows (id 0 is padding: always zero, never trained), D width.
 """
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -169,6 +170,8 @@ class LocalItemTable(ItemTable):
         """See `ItemTable.lookup`."""
         flat = torch.cat([i.reshape(-1) for i in ids])
         check_ids(flat, self.num_rows)
+        if torch.is_grad_enabled():
+            self.counters.ids += len(flat)
         return split_rows(_LocalRows.apply(self._anchor, flat, self.store), ids)
 
     def _full_catalogue_loss(
@@ -191,7 +194,10 @@ class LocalItemTable(ItemTable):
 
     def step(self, learning_rate: float) -> None:
         """See `ItemTable.step`."""
+        started = time.perf_counter()
         self.store.step(learning_rate)
+        self.counters.unique_ids += self.store.num_touched
+        self.counters.update_seconds += time.perf_counter() - started
 
     def zero_grad(self) -> None:
         """See `ItemTable.zero_grad`."""

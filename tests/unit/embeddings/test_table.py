@@ -89,3 +89,16 @@ def test_assign_names_what_does_not_fit() -> None:
 def test_a_table_without_items_is_refused() -> None:
     with pytest.raises(InputError, match="at least one item"):
         LocalItemTable(1, 4)
+
+
+def test_counters_of_a_local_table_count_ids_asked_and_rows_changed() -> None:
+    table = LocalItemTable(9, 3)
+    for _ in range(2):
+        table.rows(torch.tensor([3, 3, 5, 0])).sum().backward()
+        table.step(0.1)
+    with torch.no_grad():
+        table.rows(torch.tensor([1, 2]))  # an evaluation
+    found = table.take_counters()
+    assert (found.ids, found.unique_ids, found.exchanged_bytes) == (8, 6, 0)
+    assert found.update_seconds > 0
+    assert table.take_counters().ids == 0
