@@ -59,15 +59,16 @@ class AttentivePooling(nn.Module):
 
     def forward(self, rows_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Interests `[B, K, D]` and attention `[B, K, L]`, whose rows sum to 1 and are 0 on padding."""
-        rows_BLD = rows_BLD * mask_BL[:, :, None]
-        scores_BLK = self._scores(rows_BLD, mask_BL)
+        if rows_BLD.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
+            scores_BLK = self._packed_scores(rows_BLD, mask_BL)
+        else:
+            rows_BLD = rows_BLD * mask_BL[:, :, None]
+            scores_BLK = self._scores(rows_BLD, mask_BL)
         attention_BKL = torch.softmax(scores_BLK, dim=1).transpose(1, 2)
         return (attention_BKL @ rows_BLD), attention_BKL
 
     def _scores(self, rows_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Attention before the softmax, -inf on padding."""
-        if rows_BLD.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            return self._packed_scores(rows_BLD, mask_BL)
         keys_BLD = rows_BLD if self.positions is None else rows_BLD + self.positions(rows_BLD.shape[1])
         hidden_BLA = keys_BLD @ self.inner_DA
         if self.inner_bias_A is not None:
@@ -82,39 +83,63 @@ class AttentivePooling(nn.Module):
         """
         batch, length, dim = rows_BLD.shape
         places_P = mask_BL.reshape(-1).nonzero().flatten()
-        keys_PD = rows_BLD.reshape(-1, dim).index_select(0, places_P)
-        if self.positions is not None:
-            keys_PD = keys_PD + self.positions(length).index_select(0, places_P.remainder(length))
-        scores_PK = _AttentionScores.apply(keys_PD, self.inner_DA, self.inner_bias_A, self.outer_AK)
-        scores_SK = scores_PK.new_full((batch * length, scores_PK.shape[1]), float("-inf"))
-        return scores_SK.index_copy(0, places_P, scores_PK).view(batch, length, -1)
+        positions_LD = None if self.positions is None else self.positions(length)
+        scores_SK = _PackedScores.apply(
+            rows_BLD.reshape(-1, dim),
+            places_P,
+            places_P.remainder(length),
+            positions_LD,
+            self.inner_DA,
+            self.inner_bias_A,
+            self.outer_AK,
+        )
+        return scores_SK.view(batch, length, -1)
 
 
-class _AttentionScores(torch.autograd.Function):
-    """`tanh(keys W1 + b) W2`, `[P, K]`, written out for a CPU.
+class _PackedScores(torch.autograd.Function):
+    """`tanh((rows + positions) W1 + b) W2` at some places and -inf elsewhere, `[S, K]`, written out for a CPU.
 
     Products with the K columns of W2 are taken transposed, which is four times faster for a K of a few; tanh comes from
     the logistic function, which is three times faster and within 2e-7.
+
+    Shapes:  S places of a batch, P real ones, A inner width.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, keys_PD: Tensor, inner_DA: Tensor, bias_A: Tensor | None, outer_AK: Tensor
+        ctx: Any,
+        rows_SD: Tensor,
+        places_P: Tensor,
+        slots_P: Tensor,
+        positions_LD: Tensor | None,
+        inner_DA: Tensor,
+        bias_A: Tensor | None,
+        outer_AK: Tensor,
     ) -> Tensor:
+        keys_PD = rows_SD.index_select(0, places_P)
+        if positions_LD is not None:
+            keys_PD += positions_LD.index_select(0, slots_P)
         hidden_PA = keys_PD @ inner_DA if bias_A is None else torch.addmm(bias_A, keys_PD, inner_DA)
         hidden_PA.mul_(2).sigmoid_().mul_(2).sub_(1)
-        ctx.has_bias = bias_A is not None
-        ctx.save_for_backward(keys_PD, inner_DA, outer_AK, hidden_PA)
-        return (outer_AK.T @ hidden_PA.T).T
+        ctx.num_places, ctx.has_bias = len(rows_SD), bias_A is not None
+        ctx.window = None if positions_LD is None else len(positions_LD)
+        ctx.save_for_backward(places_P, slots_P, keys_PD, inner_DA, outer_AK, hidden_PA)
+        scores_SK = rows_SD.new_full((len(rows_SD), outer_AK.shape[1]), float("-inf"))
+        return scores_SK.index_copy_(0, places_P, (outer_AK.T @ hidden_PA.T).T)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        keys_PD, inner_DA, outer_AK, hidden_PA = ctx.saved_tensors
-        grad_PK = grads[0]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        places_P, slots_P, keys_PD, inner_DA, outer_AK, hidden_PA = ctx.saved_tensors
+        grad_PK = grads[0].index_select(0, places_P)
         outer = (grad_PK.T @ hidden_PA).T
         flow_PA = torch.ops.aten.tanh_backward(grad_PK @ outer_AK.T, hidden_PA)
         bias = flow_PA.sum(dim=0) if ctx.has_bias else None
-        return flow_PA @ inner_DA.T, keys_PD.T @ flow_PA, bias, outer
+        flow_PD = flow_PA @ inner_DA.T
+        rows = flow_PD.new_zeros((ctx.num_places, flow_PD.shape[1])).index_copy_(0, places_P, flow_PD)
+        positions = None
+        if ctx.window is not None:
+            positions = flow_PD.new_zeros((ctx.window, flow_PD.shape[1])).index_add_(0, slots_P, flow_PD)
+        return rows, None, None, positions, keys_PD.T @ flow_PA, bias, outer
 
 
 class SelfAttention(nn.Module):
