@@ -5,7 +5,9 @@
 
 A step is 128 users, 1,280 shared negatives, 20 history items, width 64, 4 interests, lambda 100, beta 1, Adam, with
 its batch: sampling users, forward, backward, update. Sides:
-    ours               what `distributed-mi train` runs with one worker (DeepSpeed engine, local item table)
+    ours               what `distributed-mi train` runs with one worker, batches made by the same thread
+    ours, prefetch     the same with its default of a second thread that makes the batches
+    ours, DeepSpeed    ours with the dense part in DeepSpeed (ZeRO 0)
     public, stubbed    the public code without two matrices that it builds for every sample and no model reads
     public, published  the public code as it is
 
@@ -26,7 +28,7 @@ import torch
 from benchmarks import harness
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.embeddings.group import WorkerGroup
-from distributed_mi.training.config import ModelChoice, TrainConfig
+from distributed_mi.training.config import EngineConfig, ModelChoice, TrainConfig
 from distributed_mi.training.loop import Trainer
 from distributed_mi.training.worker import assemble
 
@@ -34,8 +36,13 @@ from distributed_mi.training.worker import assemble
 class OurSteps:
     """Steps of `distributed-mi train` in this process."""
 
-    def __init__(self, workspace: Workspace, folder: str) -> None:
-        config = TrainConfig(model=ModelChoice(name="remi"), log_every=10**9)
+    def __init__(self, workspace: Workspace, folder: str, *, prefetch: int = 0, engine: str = "auto") -> None:
+        config = TrainConfig(
+            model=ModelChoice(name="remi"),
+            log_every=10**9,
+            prefetch=prefetch,
+            engine=EngineConfig.model_validate({"name": engine}),
+        )
         run = assemble(config, workspace, folder, WorkerGroup.alone(), lambda model, group: {}, _Silent())
         self.trainer = Trainer(config, run, fs=workspace.fs, metrics_path=f"{folder}/metrics.jsonl")
 
@@ -52,13 +59,15 @@ class _Silent:
 class PublicSteps:
     """Steps of the public training loop: its loader, its model, its loss, its optimizer, in its order."""
 
-    def __init__(self, source: Path, data: Path, num_items: int, *, stub_matrices: bool) -> None:
+    def __init__(
+        self, source: Path, data: Path, num_items: int, *, stub_matrices: bool, seed: int = 2021
+    ) -> None:
         utils = load_public_code(source)
         self.device = torch.device("cpu")
         self.to_tensor = utils.to_tensor
         options = ["--model_type", "REMI", "--rlambda", "100", "--rbeta", "1", "--dataset", "beauty"]
         self.options = utils.get_parser().parse_args(options)
-        utils.setup_seed(2021)
+        utils.setup_seed(seed)
         loader = utils.get_DataLoader(str(data), 128, 20, train_flag=1, args=self.options)
         if stub_matrices:
             loader.dataset.compute_time_matrix = lambda times, n: 0
@@ -139,6 +148,7 @@ def main() -> int:
     parser.add_argument("--workspace", required=True, help="a workspace whose prepare stage is complete")
     parser.add_argument("--repeats", type=int, default=9, help="measured calls of each side")
     parser.add_argument("--steps", type=int, default=20, help="steps in one call")
+    parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the result")
     args = parser.parse_args()
     torch.set_num_threads(1)
     workspace = Workspace(args.workspace)
@@ -147,6 +157,8 @@ def main() -> int:
         num_items = write_training_users(workspace, data)
         sides = {
             "ours": OurSteps(workspace, folder),
+            "ours, prefetch": OurSteps(workspace, folder, prefetch=2),
+            "ours, DeepSpeed": OurSteps(workspace, folder, engine="deepspeed"),
             "public, stubbed": PublicSteps(args.source, data, num_items, stub_matrices=True),
             "public, published": PublicSteps(args.source, data, num_items, stub_matrices=False),
         }
@@ -158,7 +170,7 @@ def main() -> int:
             extra={"items": num_items, "users": workspace.stage("prepare").require().rows["train"]},
         )
     notes = "One thread each. Lazy Adam on the item table here, dense Adam there."
-    print(harness.write("train_step", result, notes=notes).read_text())
+    print(harness.write("train_step", result, notes=notes, folder=args.results).read_text())
     return 0
 
 

@@ -1,7 +1,7 @@
 """Small models and batches for tests of recommenders, the same numbers wherever they are built."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -9,10 +9,26 @@ from torch import Tensor
 from distributed_mi.core.config import validate
 from distributed_mi.core.registry import choices, resolve
 from distributed_mi.embeddings.table import ItemTable, LocalItemTable
+from distributed_mi.losses.config import LossName
 from distributed_mi.models.base import HistoryBatch, Recommender, SemanticBatch, TrainBatch
 
 NUM_ROWS, DIM, MAX_HISTORY, TEXT_DIM = 41, 8, 6, 12
 LEARNED = [name for name in choices("model") if resolve("model", name).has_loss]
+
+LOSSES: dict[str, dict[str, Any]] = {
+    **{name: {"name": name} for name in get_args(LossName)},
+    "argmax": {"name": "full_softmax", "choice": "argmax"},
+    "label_aware": {"name": "full_softmax", "choice": "label_aware", "power": 2.0},
+}
+"""Every value of `train.model.loss.name`, and the other choices of `full_softmax`, each with its fields."""
+
+
+def with_loss(name: str, loss: dict[str, Any]) -> dict[str, Any]:
+    """Settings that train a model, or its backbone, with a loss."""
+    fields = resolve("model", name).Config.model_fields
+    if "backbone" in fields:
+        return {"backbone": {"name": fields["backbone"].default.name, "loss": loss}}
+    return {"loss": loss}
 
 
 def make_table(**kwargs: Any) -> LocalItemTable:

@@ -54,10 +54,10 @@ RAY_FILES = frozenset(
 OWNED: dict[str, tuple[str, ...]] = {
     "transformers": ("text",),
     "vllm": ("interests/backends/vllm.py",),
-    "deepspeed": ("training/engine.py",),
+    "deepspeed": ("training/zero.py",),
     "faiss": ("serving",),
     "hnswlib": ("serving",),
-    "numba": ("exemplars/kernels.py",),
+    "numba": ("exemplars/kernels.py", "embeddings/kernels.py", "embeddings/topk_kernels.py"),
 }
 """Heavy library -> files or folders that own it: nobody else imports it at module level."""
 
@@ -210,11 +210,15 @@ PLANTED = [
     ),
     ("models/x.py", "from transformers import AutoModel", "imports transformers, which belongs to text"),
     ("exemplars/neighbours.py", "import faiss", "imports faiss, which belongs to serving"),
-    ("exemplars/lists.py", "from numba import njit", "imports numba, which belongs to exemplars/kernels.py"),
+    (
+        "exemplars/lists.py",
+        "from numba import njit",
+        "imports numba, which belongs to exemplars/kernels.py, embeddings/kernels.py, embeddings/topk_kernels.py",
+    ),
     (
         "exemplars/lists.py",
         "def f():\n    import numba",
-        "imports numba, which belongs to exemplars/kernels.py",
+        "imports numba, which belongs to exemplars/kernels.py, embeddings/kernels.py, embeddings/topk_kernels.py",
     ),
     ("exemplars/problem.py", "def f():\n    import ray", "imports ray"),
     ("__init__.py", "from distributed_mi.core import config", "imports nothing"),
@@ -250,6 +254,7 @@ def test_a_planted_violation_is_caught(relative: str, source: str, message: str)
         ("exemplars/distributed.py", "import ray\nfrom ray.exceptions import RayError"),
         ("exemplars/neighbours.py", "def f():\n    import faiss"),
         ("exemplars/kernels.py", "from numba import njit"),
+        ("embeddings/topk_kernels.py", "from numba import njit"),
     ],
 )
 def test_what_is_allowed_passes(relative: str, source: str) -> None:

@@ -5,6 +5,7 @@ Everything is numpy and vectorised over users; no torch, so that this stage stay
 Shapes:  U users of a split, S events of all users, B users of a batch, L history (left-padded, newest item last).
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Self
@@ -16,6 +17,10 @@ from distributed_mi.core import schema
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.core.errors import InputError, UnknownUserError
 from distributed_mi.core.seeding import stream
+from distributed_mi.data import mapped
+
+_CHECKED_AT_ONCE = 1 << 22
+"""Events whose ids are looked at together: 32 MiB of a mapped file."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,24 @@ class Sequences:
         columns = ["user_index", "user_id", "item_indices", "num_history"]
         table = workspace.stage("prepare").read(f"sequences/{split}", "sequences", columns=columns)
         return cls.from_table(table)
+
+    @classmethod
+    def map(cls, workspace: Workspace, split: str, folder: str, *, convert: bool = True) -> Self:
+        """A split of the complete prepare stage as files mapped into memory; see `mapped`.
+
+        Args:
+            workspace: where prepare was run.
+            split: `train`, `validation` or `test`.
+            folder: on the local file system, for the files.
+            convert: write the files when they are not there. False: another worker has done it.
+
+        Raises:
+            WorkspaceError: prepare is not complete.
+        """
+        if convert and not mapped.exists(folder):
+            stage = workspace.stage("prepare")
+            mapped.write(stage.fs, stage.path(f"sequences/{split}"), folder)
+        return cls(**vars(mapped.read(folder)))
 
     @classmethod
     def from_table(cls, table: pa.Table) -> Self:
@@ -99,6 +122,30 @@ class Sequences:
     def user_ids(self) -> list[str]:
         """Outside ids of all rows as Python strings."""
         return list(self.user_id_U.to_pylist())
+
+    def check_items(self, num_rows: int, rank: int = 0, size: int = 1) -> None:
+        """Refuse events whose item is not in the catalogue.
+
+        Args:
+            num_rows: V, padding included.
+            rank: which part of the events to look at.
+            size: into how many parts they are cut.
+
+        Raises:
+            InputError: names the first such event's user, position and item.
+        """
+        first, last = share_bounds(self.num_events, rank, size)
+        for start in range(first, last, _CHECKED_AT_ONCE):
+            part = self.items[start : min(last, start + _CHECKED_AT_ONCE)]
+            if int(part.min()) >= 1 and int(part.max()) < num_rows:
+                continue
+            event = start + int(np.flatnonzero((part < 1) | (part >= num_rows))[0])
+            row = int(np.searchsorted(self.offsets, event, side="right")) - 1
+            raise InputError(
+                f'user "{self.user_id_U[row].as_py()}" (user_index {self.user_index_U[row]}) has item '
+                f"{self.items[event]} as event {event - self.offsets[row] + 1} of {self.lengths[row]}; the catalogue "
+                f"has items 1 to {num_rows - 1}. Sequences and catalogue are not of one prepare: run it again"
+            )
 
     def row_of(self, user_id: str) -> int:
         """Row of an outside id.
@@ -161,9 +208,20 @@ def pad_left(
     return ids_BL.astype(np.int64, copy=False), mask_BL
 
 
+class _Step:
+    """What the samples of both target rules have in common: arrays whose first axis is the users."""
+
+    def share(self, rank: int, size: int) -> Self:
+        """The contiguous part of one of `size` workers; parts differ by one user at most."""
+        arrays = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        start, stop = share_bounds(len(arrays["user_rows_B"]), rank, size)
+        cut = {name: x[start:stop] if isinstance(x, np.ndarray) else x for name, x in arrays.items()}
+        return type(self)(**cut)
+
+
 @dataclass(frozen=True)
-class SampledStep:
-    """Users, histories and targets of one training step, or of a worker's share of it.
+class SampledStep(_Step):
+    """Users, histories and one target each, of one training step or of a worker's share of it.
 
     Args:
         user_rows_B: int64 rows of the `Sequences`.
@@ -179,10 +237,30 @@ class SampledStep:
     history_mask_BL: np.ndarray
     target_ids_B: np.ndarray
 
-    def share(self, rank: int, size: int) -> Self:
-        """The contiguous part of one of `size` workers; parts differ by one user at most."""
-        start, stop = share_bounds(len(self.user_rows_B), rank, size)
-        return type(self)(*(getattr(self, f.name)[start:stop] for f in fields(self)))
+
+@dataclass(frozen=True)
+class EveryPositionStep(_Step):
+    """Users and windows of their events, each event with the one after it as its target, for causal encoders.
+
+    Args:
+        user_rows_B: int64 rows of the `Sequences`.
+        user_index_B: int64.
+        history_ids_BL: int64, left-padded with 0: what may be read.
+        history_mask_BL: bool, True on real items.
+        target_ids_BL: int64, the item after each position; 0 where there is no target.
+        target_mask_BL: bool, True where there is one.
+        target_ids_B: int64, newest target of each user.
+        num_targets: of the whole step, over all workers.
+    """
+
+    user_rows_B: np.ndarray
+    user_index_B: np.ndarray
+    history_ids_BL: np.ndarray
+    history_mask_BL: np.ndarray
+    target_ids_BL: np.ndarray
+    target_mask_BL: np.ndarray
+    target_ids_B: np.ndarray
+    num_targets: int
 
 
 def share_bounds(total: int, rank: int, size: int) -> tuple[int, int]:
@@ -190,21 +268,10 @@ def share_bounds(total: int, rank: int, size: int) -> tuple[int, int]:
     return total * rank // size, total * (rank + 1) // size
 
 
-class TrainSampler:
-    """Random training samples, as in ComiRec and REMI: users without replacement inside a step, one target each.
+class Sampler(ABC):
+    """Users of a step, drawn without replacement; a step is a pure function of (seed, step).
 
-    The target is event k, uniform in `min_position .. length - 1`; the history is what comes before it. A step is a
-    pure function of (seed, step): the same after a restart, and on every worker.
-
-    Args:
-        sequences: the training split.
-        num_users_per_step: users of a step over all workers; all eligible ones when there are fewer.
-        max_history: L.
-        min_position: smallest k; ComiRec never predicts a user's first four events.
-        seed: of the draws.
-
-    Raises:
-        InputError: no user has more than `min_position` events.
+    So it is the same after a restart and on every worker, and the number of the step is the position in the data.
     """
 
     def __init__(
@@ -216,6 +283,19 @@ class TrainSampler:
         min_position: int = 4,
         seed: int = 0,
     ) -> None:
+        """Find the users who can be drawn.
+
+        Args:
+            sequences: the training split.
+            num_users_per_step: users of a step over all workers; all eligible ones when there are fewer.
+            max_history: L.
+            min_position: first position (from 0) that may be a target; ComiRec never predicts a user's first four
+                events.
+            seed: of the draws.
+
+        Raises:
+            InputError: no user has more than `min_position` events.
+        """
         self.sequences = sequences
         self.max_history, self.min_position, self.seed = max_history, min_position, seed
         self.eligible_rows = np.flatnonzero(sequences.lengths > min_position)
@@ -233,7 +313,8 @@ class TrainSampler:
         """Training users who are never drawn because they have too few events."""
         return self.sequences.num_users - len(self.eligible_rows)
 
-    def sample(self, step: int, rank: int = 0, size: int = 1) -> SampledStep:
+    @abstractmethod
+    def sample(self, step: int, rank: int = 0, size: int = 1) -> SampledStep | EveryPositionStep:
         """Draw a step, or one worker's share of it (which then costs its share of the gathering).
 
         Args:
@@ -241,15 +322,63 @@ class TrainSampler:
             rank: this worker.
             size: all workers.
         """
+
+    def _draw_rows(self, step: int) -> tuple[np.random.Generator, np.ndarray]:
+        """The step's generator, and the rows of all of its users."""
         rng = stream(self.seed, "train-samples", step)
         chosen = rng.choice(len(self.eligible_rows), self.num_users, replace=False)
-        rows_B = self.eligible_rows[chosen]
+        return rng, self.eligible_rows[chosen]
+
+    def _mine(self, rank: int, size: int) -> slice:
+        return slice(*share_bounds(self.num_users, rank, size))
+
+
+class TrainSampler(Sampler):
+    """One random target per user, as in ComiRec and REMI.
+
+    The target is event k, uniform in `min_position .. length - 1`; the history is what comes before it.
+    """
+
+    def sample(self, step: int, rank: int = 0, size: int = 1) -> SampledStep:
+        """See `Sampler.sample`."""
+        rng, rows_B = self._draw_rows(step)
         target_B = rng.integers(self.min_position, self.sequences.lengths[rows_B])
-        mine = slice(*share_bounds(self.num_users, rank, size))
+        mine = self._mine(rank, size)
         rows_B, target_B = rows_B[mine], target_B[mine]
         starts = self.sequences.offsets[rows_B]
         stops = starts + target_B
         ids_BL, mask_BL = pad_left(self.sequences.items, starts, stops, self.max_history)
         return SampledStep(
             rows_B, self.sequences.user_index_U[rows_B], ids_BL, mask_BL, self.sequences.items[stops]
+        )
+
+
+class EveryPositionSampler(Sampler):
+    """Every position of a user is a target at once, as causal encoders (SASRec, GRU4Rec) train.
+
+    A user with up to L + 1 events gives all of them. Of a longer one a window of L + 1 consecutive events is drawn,
+    uniform over the windows, so that no event is left out for good; SASRec's code takes the newest window always.
+    """
+
+    def sample(self, step: int, rank: int = 0, size: int = 1) -> EveryPositionStep:
+        """See `Sampler.sample`."""
+        rng, rows_B = self._draw_rows(step)
+        lengths_B = self.sequences.lengths[rows_B]
+        window_B = np.minimum(lengths_B, self.max_history + 1)
+        # The last event of a window is a target, so it may not stand before the first position that is allowed.
+        earliest_B = np.maximum(window_B, self.min_position + 1)
+        end_B = rng.integers(earliest_B, lengths_B + 1)
+        first_target_B = np.maximum(end_B - window_B + 1, self.min_position)
+        num_targets = int((end_B - first_target_B).sum())
+        mine = self._mine(rank, size)
+        rows_B, window_B, end_B, first_target_B = (x[mine] for x in (rows_B, window_B, end_B, first_target_B))
+        starts = self.sequences.offsets[rows_B]
+        begin, stop = starts + end_B - window_B, starts + end_B
+        ids_BL, mask_BL = pad_left(self.sequences.items, begin, stop - 1, self.max_history)
+        targets_BL, target_mask_BL = pad_left(
+            self.sequences.items, starts + first_target_B, stop, self.max_history
+        )
+        user_index_B = self.sequences.user_index_U[rows_B]
+        return EveryPositionStep(
+            rows_B, user_index_B, ids_BL, mask_BL, targets_BL, target_mask_BL, targets_BL[:, -1], num_targets
         )

@@ -66,6 +66,13 @@ class WorkerGroup:
             dist.all_reduce(total, group=self._group)
         return total
 
+    def all_reduce_max(self, tensor: Tensor) -> Tensor:
+        """Largest over workers, number by number. Returns a new tensor. Without gradients."""
+        largest = tensor.detach().clone().contiguous()
+        if self._size > 1:
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._group)
+        return largest
+
     def all_gather_rows(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all workers in rank order. The first axis may differ between workers; the others may not.
 

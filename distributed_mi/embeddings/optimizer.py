@@ -14,11 +14,17 @@ Shapes:  R rows of this worker, U distinct rows touched in a step, D width.
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from distributed_mi.embeddings.config import TableOptimizerConfig
+from distributed_mi.embeddings.gradients import RowGradients
+
+_CORRECTIONS = 8_192
+"""Counts of updates for which Adam's corrections of the bias stand in a table."""
 
 
 class TableOptimizer(ABC):
@@ -26,6 +32,8 @@ class TableOptimizer(ABC):
 
     touches_all_rows: bool = False
     """Whether a step changes rows without gradient too; then `update` gets every row."""
+    has_kernel: bool = False
+    """Whether `kernels.py` has a compiled form of the rule."""
 
     @abstractmethod
     def init_state(self, weight_RD: Tensor) -> dict[str, Tensor]:
@@ -35,7 +43,18 @@ class TableOptimizer(ABC):
     def update(
         self, weight_RD: Tensor, state: dict[str, Tensor], slots_U: Tensor, grad_UD: Tensor, lr: float
     ) -> None:
-        """Change the rows in `slots_U` (distinct) and their state in place."""
+        """Change the rows in `slots_U` (distinct) and their state in place; torch operations, on any device."""
+
+    def apply(self, weight_RD: Tensor, state: dict[str, Tensor], gradients: RowGradients, lr: float) -> None:
+        """`update` for gradients that still have to be added up; on a CPU by the compiled form where there is one."""
+        if gradients.compiled and self.has_kernel:
+            arrays = {name: tensor.numpy() for name, tensor in state.items()}
+            self._run_kernel(weight_RD.numpy(), arrays, gradients.grouped(), lr)
+        else:
+            self.update(weight_RD, state, *gradients.summed(), lr)
+
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+        raise NotImplementedError
 
 
 def make_optimizer(config: TableOptimizerConfig | None = None) -> TableOptimizer:
@@ -55,6 +74,8 @@ def make_optimizer(config: TableOptimizerConfig | None = None) -> TableOptimizer
 class SGD(TableOptimizer):
     """Gradient descent without momentum."""
 
+    has_kernel = True
+
     def init_state(self, weight_RD: Tensor) -> dict[str, Tensor]:
         """No state."""
         return {}
@@ -65,9 +86,16 @@ class SGD(TableOptimizer):
         """`w -= lr g`."""
         weight_RD.index_add_(0, slots_U, grad_UD, alpha=-lr)
 
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+        from distributed_mi.embeddings import kernels
+
+        kernels.sgd(weight_RD, *grouped, lr)
+
 
 class Adagrad(TableOptimizer):
     """Duchi et al. 2011: `s += g^2; w -= lr g / (sqrt(s) + eps)`, number by number."""
+
+    has_kernel = True
 
     def __init__(self, *, eps: float = 1e-10, initial_accumulator: float = 0.0) -> None:
         self.eps, self.initial_accumulator = eps, initial_accumulator
@@ -88,6 +116,11 @@ class Adagrad(TableOptimizer):
         state["sum_of_squares"].index_copy_(0, slots_U, sums)
         weight_RD.index_add_(0, slots_U, grad_UD / sums.sqrt().add_(self.eps), alpha=-lr)
 
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+        from distributed_mi.embeddings import kernels
+
+        kernels.adagrad(weight_RD, state["sum_of_squares"], *grouped, lr, self.eps)
+
 
 class RowAdagrad(Adagrad):
     """Adagrad with one accumulator per row: the mean over the row of its squared gradients."""
@@ -100,12 +133,22 @@ class RowAdagrad(Adagrad):
         """Mean square of each row."""
         return grad_UD.square().mean(dim=1, keepdim=True)
 
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+        from distributed_mi.embeddings import kernels
+
+        kernels.row_adagrad(weight_RD, state["sum_of_squares"][:, 0], *grouped, lr, self.eps)
+
 
 class LazyAdam(TableOptimizer):
     """Adam (Kingma and Ba 2015) on the touched rows, each with its own count of updates."""
 
+    has_kernel = True
+
     def __init__(self, *, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        # In float64: 1 - 0.999 loses four of float32's seven digits.
+        count_T = np.arange(_CORRECTIONS, dtype=np.float64)
+        self._corrections = np.stack([1 - beta1**count_T, np.sqrt(1 - beta2**count_T)], axis=1)
 
     def init_state(self, weight_RD: Tensor) -> dict[str, Tensor]:
         """`mean` and `mean_square` `[R, D]`, `num_updates` `[R]` int32."""
@@ -133,6 +176,13 @@ class LazyAdam(TableOptimizer):
         step_size_U1 = (lr / (1 - self.beta1**steps_U1)).to(mean.dtype)
         denominator = square.sqrt_().div_(root_correction_U1).add_(self.eps)
         weight_RD.index_add_(0, slots_U, mean.mul_(step_size_U1).div_(denominator), alpha=-1)
+
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+        from distributed_mi.embeddings import kernels
+
+        moments = (state["mean"], state["mean_square"], state["num_updates"])
+        betas = (self.beta1, self.beta2)
+        kernels.adam(weight_RD, *moments, *grouped, lr, *betas, self.eps, self._corrections)
 
 
 class DenseAdam(LazyAdam):

@@ -5,22 +5,27 @@ first, over all id tensors of the call, so a popular item and the padding travel
 sends the summed row gradients back the same way, and the owner adds what it gets from all workers: the gradient of
 the step is the sum of the workers' partial losses (`LossTerms.total`).
 
-Shapes:  V rows, D width, W workers, U distinct ids of this worker's lookup, Q queries.
+Shapes:  V rows, D width, W workers, U distinct ids of this worker's lookup.
 """
 
+import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distributed_mi.core.errors import InputError
+from distributed_mi.embeddings.catalogue_loss import InterestChoice, full_catalogue_loss
+from distributed_mi.embeddings.counters import TableCounters
+from distributed_mi.embeddings.gradients import sum_by_row
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer
 from distributed_mi.embeddings.placement import Modulo, Placement
-from distributed_mi.embeddings.storage import RowStore, check_ids, check_topk, split_keys
+from distributed_mi.embeddings.replication import HotRows
+from distributed_mi.embeddings.storage import RowStore, check_ids
 from distributed_mi.embeddings.table import ItemTable, check_size, split_rows
-
-QUERIES_PER_ROUND = 4_096
-"""Queries of one worker that a collective top-k handles at once; bounds what every worker gathers."""
+from distributed_mi.embeddings.topk import TopK, check_topk, sharded_topk
 
 
 class ShardedItemTable(ItemTable):
@@ -41,6 +46,8 @@ class ShardedItemTable(ItemTable):
         optimizer: TableOptimizer | None = None,
         device: torch.device | str | None = None,
         placement: Placement | None = None,
+        replicated_rows: int = 0,
+        exchange_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Make this worker's shard.
 
@@ -53,60 +60,90 @@ class ShardedItemTable(ItemTable):
             optimizer: what trains the rows; None: the default.
             device: where the rows lie; None: the group's.
             placement: who holds which row; None: `Modulo`.
+            replicated_rows: the first so many ids, which are the most popular, have a copy on every worker
+                (`replication.py`).
+            exchange_dtype: float32, or bfloat16 to send rows and row gradients at half the size. Both are rounded
+                then; sums, rows and optimizer state stay float32.
         """
         check_size(num_rows, dim)
-        self.num_rows, self.dim, self.group = num_rows, dim, group
+        if exchange_dtype not in (torch.float32, torch.bfloat16):
+            raise InputError(f"item table: exchange_dtype {exchange_dtype} must be float32 or bfloat16")
+        self.exchange_dtype = exchange_dtype
+        self.num_rows, self.dim, self.group, self.counters = num_rows, dim, group, TableCounters()
         self.placement = placement or Modulo(num_rows, group.size)
         device = group.device if device is None else torch.device(device)
         ids = self.placement.owned(group.rank)
         self.store = RowStore(ids, dim, seed=seed, std=std, optimizer=optimizer, device=device)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._bounds_W1 = torch.arange(group.size + 1, device=device) * self.placement.capacity
+        self._first_hot_key = group.size * self.placement.capacity
+        self._hot = HotRows(min(replicated_rows, num_rows), self.store, self.placement, group)
 
     def lookup(self, *ids: Tensor) -> list[Tensor]:
         """See `ItemTable.lookup`."""
         flat = torch.cat([i.reshape(-1) for i in ids])
         check_ids(flat, self.num_rows)
-        keys_U, inverse = torch.unique(self.placement.key(flat), return_inverse=True)
-        # Keys sort by owner, so each worker's part is one run.
+        self._hot.refresh()
+        rows_ND = _ExchangedRows.apply(self._anchor, self, self._route(flat))
+        return split_rows(rows_ND, ids)
+
+    def _route(self, flat: Tensor) -> "_Route":
+        """Who sends what to whom for a lookup: two exchanges, of counts and of slots."""
+        keys = self.placement.key(flat)
+        if self._hot.num_rows:
+            keys = torch.where(flat < self._hot.num_rows, self._first_hot_key + flat, keys)
+        # Keys sort by owner, so each worker's part is one run; the replicated rows come last.
+        keys_U, inverse = torch.unique(keys, return_inverse=True)
         send = torch.searchsorted(keys_U, self._bounds_W1).diff().tolist()
-        slots, receive = self.group.all_to_all_rows(keys_U.remainder(self.placement.capacity), send)
-        rows_UD = _ExchangedRows.apply(self._anchor, slots, self, send, receive)
-        return split_rows(rows_UD.index_select(0, inverse), ids)
+        cold, hot = keys_U.tensor_split([sum(send)])
+        started = time.perf_counter()
+        slots, receive = self.group.all_to_all_rows(cold.remainder(self.placement.capacity), send)
+        self.counters.exchange_seconds += time.perf_counter() - started
+        self.counters.ids += len(flat)
+        self.counters.unique_ids += len(keys_U)
+        self.counters.exchanged_bytes += 8 * (sum(send) - send[self.group.rank])
+        return _Route(slots, inverse, hot - self._first_hot_key, send, receive)
 
-    @torch.no_grad()
-    def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `ItemTable.topk`.
+    def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Exchange float32 rows at the width of `exchange_dtype`."""
+        started = time.perf_counter()
+        sent = rows.to(self.exchange_dtype)
+        out = self.group.exchange_rows(sent, send, receive).float()
+        self.counters.exchange_seconds += time.perf_counter() - started
+        outside = sum(send) - send[self.group.rank]
+        self.counters.exchanged_bytes += outside * rows.shape[1] * sent.element_size()
+        return out
 
-        Every worker scores the queries of all against its rows; k candidates per query and shard travel back.
-        """
-        check_topk(queries_QD, k, self.num_rows, self.dim)
-        queries_QD = queries_QD.detach().float()
-        mine = -(-len(queries_QD) // QUERIES_PER_ROUND)
-        rounds = max(int(n) for n in self.group.all_gather_json(mine))
-        keys = [
-            self._topk_round(queries_QD[i * QUERIES_PER_ROUND : (i + 1) * QUERIES_PER_ROUND], k)
-            for i in range(rounds)
-        ]
-        return split_keys(torch.cat(keys) if keys else self.store.ids_R.new_empty((0, k)))
-
-    def _topk_round(self, queries_QD: Tensor, k: int) -> Tensor:
-        everyone = self.group.all_gather_rows(queries_QD)
-        candidates = self.store.topk_keys(torch.cat(everyone), k)
-        counts = [len(q) for q in everyone]
-        received, _ = self.group.all_to_all_rows(candidates, counts)
-        by_shard_WQk = received.view(self.group.size, len(queries_QD), k)
-        return (
-            by_shard_WQk.transpose(0, 1).reshape(len(queries_QD), self.group.size * k).topk(k, dim=1).values
+    def _full_catalogue_loss(
+        self, interests_BKD: Tensor, target_rows_BD: Tensor, choice: InterestChoice, power: float
+    ) -> Tensor:
+        return full_catalogue_loss(
+            interests_BKD,
+            target_rows_BD,
+            store=self.store,
+            group=self.group,
+            anchor=self._anchor,
+            choice=choice,
+            power=power,
         )
 
+    def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
+        """See `ItemTable.topk`."""
+        check_topk(interests, k, self.num_rows, self.dim)
+        return sharded_topk(self.store.weight_RD, self.store.ids_R, interests, k, self.group, seen_M2)
+
     def step(self, learning_rate: float) -> None:
-        """See `ItemTable.step`; needs no exchange, the gradients are here already."""
+        """See `ItemTable.step`. The gradients are here already, but for those of replicated rows."""
+        started = time.perf_counter()
+        self._hot.send_gradients()
         self.store.step(learning_rate)
+        self._hot.outdated = True
+        self.counters.update_seconds += time.perf_counter() - started
 
     def zero_grad(self) -> None:
         """See `ItemTable.zero_grad`."""
         self.store.zero_grad()
+        self._hot.zero_grad()
 
     def state(self) -> tuple[Tensor, dict[str, Tensor]]:
         """See `ItemTable.state`."""
@@ -119,28 +156,47 @@ class ShardedItemTable(ItemTable):
         owned = self.placement.owner(ids_R) == self.group.rank
         here = {name: values[owned.to(values.device)] for name, values in tensors.items()}
         self.store.assign(self.placement.slot(ids_R[owned]), here)
+        self._hot.outdated = True
+
+
+@dataclass(frozen=True)
+class _Route:
+    """One lookup of this worker.
+
+    Args:
+        slots: int64, rows held here that the workers want, in rank order.
+        inverse: int64 `[N]`, place of each id of the lookup among its distinct rows.
+        hot_ids: int64, replicated rows of the lookup; they stand behind the exchanged ones.
+        send: distinct rows wanted of each worker.
+        receive: rows that each worker wants from here.
+    """
+
+    slots: Tensor
+    inverse: Tensor
+    hot_ids: Tensor
+    send: list[int]
+    receive: list[int]
 
 
 class _ExchangedRows(torch.autograd.Function):
     """Rows that others asked for go out, rows that were asked for come in; backward the other way."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        anchor: Tensor,
-        slots: Tensor,
-        table: ShardedItemTable,
-        send: list[int],
-        receive: list[int],
-    ) -> Tensor:
-        ctx.table, ctx.send, ctx.receive = table, send, receive
-        ctx.save_for_backward(slots)
-        rows = table.store.weight_RD.index_select(0, slots)
-        return table.group.exchange_rows(rows, receive, send)
+    def forward(ctx: Any, anchor: Tensor, table: ShardedItemTable, route: _Route) -> Tensor:
+        ctx.table, ctx.route = table, route
+        rows_UD = table._exchange(
+            table.store.weight_RD.index_select(0, route.slots), route.receive, route.send
+        )
+        if len(route.hot_ids):
+            rows_UD = torch.cat([rows_UD, table._hot.rows(route.hot_ids)])
+        return rows_UD.index_select(0, route.inverse)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None, None, None]:
-        (slots,) = ctx.saved_tensors
-        table = ctx.table
-        table.store.collect(slots, table.group.exchange_rows(grads[0], ctx.send, ctx.receive))
-        return None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        table, route = ctx.table, ctx.route
+        num_cold = sum(route.send)
+        grad_UD = sum_by_row(route.inverse, grads[0].contiguous(), num_cold + len(route.hot_ids))
+        table.store.collect(route.slots, table._exchange(grad_UD[:num_cold], route.send, route.receive))
+        if len(route.hot_ids):
+            table._hot.collect(route.hot_ids, grad_UD[num_cold:])
+        return None, None, None

@@ -1,8 +1,8 @@
-"""The rows that one worker holds: values, optimizer state, collected gradients, local top-k.
+"""The rows that one worker holds: values, optimizer state, collected gradients.
 
 `LocalItemTable` and `ShardedItemTable` both stand on this; they differ in who holds a row and how it travels.
 
-Shapes:  R rows held here, D width, Q queries, U distinct rows.
+Shapes:  R rows held here, D width, U distinct rows.
 """
 
 import math
@@ -11,17 +11,12 @@ import torch
 from torch import Tensor
 
 from distributed_mi.core.errors import CheckpointError, InputError
+from distributed_mi.embeddings.gradients import RowGradients
 from distributed_mi.embeddings.initial import normal_rows
 from distributed_mi.embeddings.optimizer import TableOptimizer, make_optimizer
 
 TILE_ROWS = 16_384
-"""Rows scored at once by a top-k."""
-TILE_QUERIES = 512
-"""Queries scored at once by a top-k; the tile of scores is 32 MiB."""
-
-_LOW_32 = 0xFFFFFFFF
-NO_CANDIDATE = torch.iinfo(torch.int64).min
-"""Key below that of every row: fills up a top-k of a shard with fewer than k rows."""
+"""Rows updated at once when all are."""
 
 
 class RowStore:
@@ -55,40 +50,45 @@ class RowStore:
         self.state = self.optimizer.init_state(self.weight_RD)
         self.holds_padding = len(ids_R) > 0 and int(ids_R[0]) == 0
         self._pending: list[tuple[Tensor, Tensor]] = []
+        self._all_RD: Tensor | None = None
 
     def collect(self, slots: Tensor, grads: Tensor) -> None:
         """Remember row gradients until `step`; slots may repeat, their gradients add up."""
         self._pending.append((slots, grads))
 
+    def collect_all(self) -> Tensor:
+        """A gradient `[R, D]` of every row, to add to in place until `step`; then every row is updated.
+
+        Zero when it is asked for first; padding's row is not read.
+        """
+        if self._all_RD is None:
+            self._all_RD = torch.zeros_like(self.weight_RD)
+        return self._all_RD
+
     def zero_grad(self) -> None:
         """Forget the collected gradients."""
         self._pending.clear()
+        self._all_RD = None
 
     def step(self, lr: float) -> None:
         """Apply the collected gradients and forget them."""
         pending, self._pending = self._pending, []
-        if pending:
-            slots_U, grad_UD = self._sum_by_slot(pending)
-        elif self.optimizer.touches_all_rows:
-            slots_U, grad_UD = self.ids_R[:0], self.weight_RD[:0]
-        else:
-            return
-        if self.optimizer.touches_all_rows:
-            grad_UD = torch.zeros_like(self.weight_RD).index_add_(0, slots_U, grad_UD)
-            slots_U = torch.arange(len(self.ids_R), device=self.ids_R.device)
-            if self.holds_padding:
-                slots_U, grad_UD = slots_U[1:], grad_UD[1:]
-        if slots_U.numel():
-            self.optimizer.update(self.weight_RD, self.state, slots_U, grad_UD, lr)
+        if self.optimizer.touches_all_rows or self._all_RD is not None:
+            grad_RD = self.collect_all()
+            for slots, grads in pending:
+                grad_RD.index_add_(0, slots, grads)
+            self._step_all(grad_RD, lr)
+        elif pending:
+            gradients = RowGradients.of(pending, holds_padding=self.holds_padding)
+            self.optimizer.apply(self.weight_RD, self.state, gradients, lr)
 
-    def _sum_by_slot(self, pending: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        """Distinct touched slots, ascending, without padding, and the sum of each one's gradients."""
-        slots = torch.cat([s for s, _ in pending]) if len(pending) > 1 else pending[0][0]
-        grads = torch.cat([g for _, g in pending]) if len(pending) > 1 else pending[0][1]
-        slots_U, inverse = torch.unique(slots, return_inverse=True)
-        grad_UD = grads.new_zeros((len(slots_U), self.dim)).index_add_(0, inverse, grads)
-        first = 1 if self.holds_padding and slots_U.numel() and int(slots_U[0]) == 0 else 0
-        return slots_U[first:], grad_UD[first:]
+    def _step_all(self, grad_RD: Tensor, lr: float) -> None:
+        """Update every row but padding, a tile at a time: what an optimizer holds beside is a few tiles."""
+        self._all_RD = None
+        for at in range(1 if self.holds_padding else 0, len(self.ids_R), TILE_ROWS):
+            grad_UD = grad_RD[at : at + TILE_ROWS]
+            slots_U = torch.arange(at, at + len(grad_UD), device=self.ids_R.device)
+            self.optimizer.update(self.weight_RD, self.state, slots_U, grad_UD, lr)
 
     def tensors(self) -> dict[str, Tensor]:
         """`weight` and the optimizer's state; not copies."""
@@ -116,56 +116,6 @@ class RowStore:
         if self.holds_padding:
             self.weight_RD[0] = 0.0
 
-    @torch.no_grad()
-    def topk_keys(self, queries_QD: Tensor, k: int) -> Tensor:
-        """Keys `[Q, k]` of the best rows held here, descending; `NO_CANDIDATE` where there are fewer than k."""
-        blocks = [self._topk_keys(block, k) for block in queries_QD.split(TILE_QUERIES)]
-        return torch.cat(blocks) if blocks else self.ids_R.new_empty((0, k))
-
-    def _topk_keys(self, queries_QD: Tensor, k: int) -> Tensor:
-        best_Qk = self.ids_R.new_full((len(queries_QD), k), NO_CANDIDATE)
-        start = 1 if self.holds_padding else 0
-        for at in range(start, len(self.ids_R), TILE_ROWS):
-            scores_Qt = queries_QD @ self.weight_RD[at : at + TILE_ROWS].T
-            found = _tile_topk(scores_Qt, self.ids_R[at : at + TILE_ROWS], k)
-            best_Qk = torch.cat([best_Qk, found], dim=1).topk(k, dim=1).values
-        return best_Qk
-
-
-def _tile_topk(scores_Qt: Tensor, ids_t: Tensor, k: int) -> Tensor:
-    """Keys of the k best of a tile.
-
-    `torch.topk` breaks ties as it likes, so where the k-th and the next score are equal (rare in trained tables,
-    common in counts) that query is done again on keys, which have no ties.
-    """
-    width = scores_Qt.shape[1]
-    if width <= k:
-        return order_keys(scores_Qt, ids_t.expand_as(scores_Qt))
-    values, places = scores_Qt.topk(k + 1, dim=1)
-    keys_Qk = order_keys(values[:, :k], ids_t[places[:, :k]])
-    tied = (values[:, k - 1] == values[:, k]).nonzero().flatten()
-    if tied.numel():
-        part = scores_Qt.index_select(0, tied)
-        keys_Qk[tied] = order_keys(part, ids_t.expand_as(part)).topk(k, dim=1).values
-    return keys_Qk
-
-
-def order_keys(scores: Tensor, ids: Tensor) -> Tensor:
-    """One int64 per candidate that sorts by score, then by smaller id.
-
-    The order-preserving bits of the float32 score stand above, the complement of the id below.
-    """
-    bits = (scores.float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 equal
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.long() << 32) | (_LOW_32 - ids)
-
-
-def split_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores float32 and ids int64 of `order_keys`."""
-    ordered = (keys >> 32).to(torch.int32)
-    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
-    return bits.view(torch.float32), _LOW_32 - (keys & _LOW_32)
-
 
 def check_ids(flat: Tensor, num_rows: int) -> None:
     """Refuse ids outside of the table.
@@ -179,17 +129,3 @@ def check_ids(flat: Tensor, num_rows: int) -> None:
     if int(low) < 0 or int(high) >= num_rows:
         wrong = flat[(flat < 0) | (flat >= num_rows)][0]
         raise InputError(f"item table: id {int(wrong)} is outside [0, {num_rows})")
-
-
-def check_topk(queries_QD: Tensor, k: int, num_rows: int, dim: int) -> None:
-    """Refuse a top-k that has no answer.
-
-    Raises:
-        InputError: k is not in 1 .. V - 1, or queries of another width.
-    """
-    if not 1 <= k < num_rows:
-        raise InputError(
-            f"item table: top-{k} of {num_rows - 1} items; k must be between 1 and {num_rows - 1}"
-        )
-    if queries_QD.ndim != 2 or queries_QD.shape[1] != dim:
-        raise InputError(f"item table: queries of shape {tuple(queries_QD.shape)}, must be [Q, {dim}]")

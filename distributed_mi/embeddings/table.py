@@ -15,8 +15,12 @@ import torch
 from torch import Tensor
 
 from distributed_mi.core.errors import InputError
+from distributed_mi.embeddings.catalogue_loss import InterestChoice, full_catalogue_loss
+from distributed_mi.embeddings.counters import TableCounters
+from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer
-from distributed_mi.embeddings.storage import RowStore, check_ids, check_topk, split_keys
+from distributed_mi.embeddings.storage import RowStore, check_ids
+from distributed_mi.embeddings.topk import TopK, check_topk, local_topk
 
 
 class ItemTable(ABC):
@@ -29,6 +33,8 @@ class ItemTable(ABC):
     """V, padding included."""
     dim: int
     """D."""
+    counters: TableCounters
+    """Of this worker; see `take_counters`."""
 
     @abstractmethod
     def lookup(self, *ids: Tensor) -> list[Tensor]:
@@ -52,16 +58,63 @@ class ItemTable(ABC):
         """Inner products `[B, N]` of queries with the rows of shared candidates."""
         return queries_BD @ self.rows(candidate_ids_N).T
 
-    @abstractmethod
-    def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Exact top-k of the whole catalogue by inner product, for this worker's queries.
+    def full_catalogue_loss(
+        self,
+        interests_BKD: Tensor,
+        target_ids_B: Tensor,
+        *,
+        choice: InterestChoice = "argmax",
+        power: float = 1.0,
+        target_rows_BD: Tensor | None = None,
+    ) -> Tensor:
+        """Cross-entropy of each user's target among all items, with exact gradients of interests and of all rows.
+
+        Never holds more scores than a tile; `catalogue_loss` has the formulas. `step` then updates every row.
 
         Args:
-            queries_QD: float32; workers may have different Q, also 0.
-            k: at most V - 1.
+            interests_BKD: of this worker's users; workers may have different B, also 0.
+            target_ids_B: int64 in [1, V).
+            choice: which interest scores an item: `argmax` (what serving ranks by), `label_aware`, or `target`.
+            power: p of `label_aware`: how sharply its attention prefers the interest nearest an item.
+            target_rows_BD: rows of the targets where they are at hand, from this table, which spares an exchange.
 
         Returns:
-            scores_Qk float32 descending and ids_Qk int64; padding is never returned; ties go to the smaller id.
+            `[B]` float32, not averaged.
+
+        Raises:
+            InputError: a target that is padding or outside the table, an unknown choice, interests of another width.
+        """
+        if bool((target_ids_B == 0).any()):
+            place = int((target_ids_B == 0).nonzero()[0])
+            raise InputError(f"full softmax: the target of user {place} is padding (0)")
+        if target_rows_BD is None:
+            target_rows_BD = self.rows(target_ids_B)
+        return self._full_catalogue_loss(interests_BKD, target_rows_BD, choice, power)
+
+    @abstractmethod
+    def _full_catalogue_loss(
+        self, interests_BKD: Tensor, target_rows_BD: Tensor, choice: InterestChoice, power: float
+    ) -> Tensor:
+        """See `full_catalogue_loss`."""
+
+    @abstractmethod
+    def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
+        """Exact top-k of the whole catalogue for this worker's users, by the largest inner product over K interests.
+
+        The result does not depend, in any bit, on how many users are asked for at once, on the workers, or on who
+        holds which row; see `embeddings.topk`.
+
+        Args:
+            interests: float32 `[B, K, D]`, or `[B, D]` for users with one interest; workers may have different B, also
+                0.
+            k: at most V - 1.
+            seen_M2: int64 `[M, 2]` pairs (place in B, id) to leave out; None: nothing is left out.
+
+        Returns:
+            Scores, ids and interests `[B, k]`; padding is never returned; ties go to the smaller id.
+
+        Raises:
+            InputError: k or the shape of the interests is wrong.
         """
 
     @abstractmethod
@@ -71,6 +124,11 @@ class ItemTable(ABC):
     @abstractmethod
     def zero_grad(self) -> None:
         """Forget the collected gradients."""
+
+    def take_counters(self) -> TableCounters:
+        """What lookups and steps have cost here since the last call. Not collective."""
+        counters, self.counters = self.counters, TableCounters()
+        return counters
 
     @abstractmethod
     def state(self) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,7 +159,7 @@ class LocalItemTable(ItemTable):
     ) -> None:
         """Make the table; see `RowStore` for the arguments."""
         check_size(num_rows, dim)
-        self.num_rows, self.dim = num_rows, dim
+        self.num_rows, self.dim, self.counters = num_rows, dim, TableCounters()
         ids = torch.arange(num_rows, dtype=torch.int64)
         self.store = RowStore(ids, dim, seed=seed, std=std, optimizer=optimizer, device=device)
         # Gives the rows a gradient function although the table is no parameter of any module.
@@ -113,10 +171,23 @@ class LocalItemTable(ItemTable):
         check_ids(flat, self.num_rows)
         return split_rows(_LocalRows.apply(self._anchor, flat, self.store), ids)
 
-    def topk(self, queries_QD: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """See `ItemTable.topk`. Never holds more scores than one tile (`storage.TILE_ROWS` by `TILE_QUERIES`)."""
-        check_topk(queries_QD, k, self.num_rows, self.dim)
-        return split_keys(self.store.topk_keys(queries_QD.detach().float(), k))
+    def _full_catalogue_loss(
+        self, interests_BKD: Tensor, target_rows_BD: Tensor, choice: InterestChoice, power: float
+    ) -> Tensor:
+        return full_catalogue_loss(
+            interests_BKD,
+            target_rows_BD,
+            store=self.store,
+            group=WorkerGroup.alone(self._anchor.device),
+            anchor=self._anchor,
+            choice=choice,
+            power=power,
+        )
+
+    def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
+        """See `ItemTable.topk`."""
+        check_topk(interests, k, self.num_rows, self.dim)
+        return local_topk(self.store.weight_RD, self.store.ids_R, interests, k, seen_M2)
 
     def step(self, learning_rate: float) -> None:
         """See `ItemTable.step`."""

@@ -66,8 +66,8 @@ class EvaluateConfig(ConfigModel):
     num_workers: PositiveInt | None = runtime(None)
     """Workers that rank. None: this process alone when the item table takes less than 64 MiB, because starting workers
     would take longer than ranking; else `scaling.num_workers`."""
-    users_per_batch: PositiveInt = runtime(256)
-    """Users that a worker encodes and ranks at once."""
+    users_per_batch: PositiveInt = runtime(1024)
+    """Users that a worker ranks at once, rounded up to a multiple of 64; the lists do not depend on it."""
 
     @field_validator("metrics")
     @classmethod

@@ -23,7 +23,7 @@ from distributed_mi.evaluation import plots, protocol, report, scoring
 from distributed_mi.evaluation.config import EvaluateConfig
 from distributed_mi.evaluation.metrics.base import Floats, Ints, RankedLists
 from distributed_mi.evaluation.protocol import Cases, load_cases, load_catalogue
-from distributed_mi.evaluation.topk import rank_share
+from distributed_mi.evaluation.topk import rank_share, share
 from distributed_mi.models.base import Recommender
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ def evaluate_worker(
     workspace = Workspace(payload["workspace"])
     cases, catalogue = load_cases(workspace, config.split), load_catalogue(workspace)
     model = load(workspace.fs, payload["model"], group=group)
-    with _progress(f"evaluate {config.split}", -(-cases.num_users // group.size), group) as bar:
+    first, last = share(cases.num_users, group)
+    with _progress(f"evaluate {config.split}", last - first, group) as bar:
         mine = rank_share(
             model,
             cases,

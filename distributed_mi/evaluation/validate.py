@@ -29,14 +29,14 @@ class Validator:
         workspace_url: with a complete prepare stage.
         max_history: newest events of a user that the model reads.
         metrics: `name@k` strings.
-        users_per_batch: users that a worker ranks at once.
+        users_per_batch: users that a worker ranks at once, rounded up to a multiple of 64.
         split: whose users.
     """
 
     workspace_url: str
     max_history: int
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    users_per_batch: int = 256
+    users_per_batch: int = 1024
     split: str = "validation"
 
     def __call__(self, model: Recommender, group: WorkerGroup) -> dict[str, float]:
@@ -69,7 +69,7 @@ def make_validator(
     workspace_url: str,
     max_history: int,
     metrics: Sequence[str] = DEFAULT_METRICS,
-    users_per_batch: int = 256,
+    users_per_batch: int = 1024,
 ) -> Validator:
     """The validation function of a workspace; see `Validator`.
 

@@ -8,8 +8,7 @@ Negatives should be drawn with q(j) proportional to exp(beta s_j). They are draw
     loss = -log [ exp(s+) / ( exp(s+) + sum_j w_j exp(s_j) ) ]
 
 beta = 0 is sampled softmax; a large beta puts all weight N on the hardest negative. The gradient flows through the
-weights, as in the public code. Everything is computed on log weights, which contains both shifts of that code (of
-the scores, and of beta times the scores), so no beta overflows.
+weights, as in the public code. Scores are shifted by their maximum before any exponential, so no beta overflows.
 
 Differences from the public code: accidental hits are masked by default (they would carry the largest weights of
 all), and padding is never a negative.
@@ -17,18 +16,9 @@ all), and padding is never a negative.
 Shapes:  B users, N shared negatives, D width.
 """
 
-import torch
 from torch import Tensor
 
-from distributed_mi.losses.sampled_softmax import MASKED, cross_entropy, negative_scores, target_scores
-
-
-def log_weights(scores_BN: Tensor, beta: float) -> Tensor:
-    """Log of the importance weights `[B, N]`; over the negatives that are not masked the weights have mean 1."""
-    real_BN = scores_BN > MASKED / 2
-    sharpened_BN = (beta * scores_BN).masked_fill(~real_BN, MASKED)
-    log_count_B1 = real_BN.sum(dim=1, keepdim=True).clamp(min=1).to(scores_BN.dtype).log()
-    return sharpened_BN - torch.logsumexp(sharpened_BN, dim=1, keepdim=True) + log_count_B1
+from distributed_mi.losses.shared_negatives import shared_negative_softmax
 
 
 def hard_negative_softmax(
@@ -56,13 +46,13 @@ def hard_negative_softmax(
         target_log_q_B: correction of the targets' scores; the weights are taken from corrected scores too.
         negative_log_q_N: correction of the negatives' scores.
     """
-    scores_BN = negative_scores(
+    return shared_negative_softmax(
         query_BD,
+        target_rows_BD,
         negative_rows_ND,
+        beta=beta,
         target_ids_B=target_ids_B if mask_accidental_hits else None,
         negative_ids_N=negative_ids_N,
+        target_log_q_B=target_log_q_B,
         negative_log_q_N=negative_log_q_N,
     )
-    if beta:
-        scores_BN = scores_BN + log_weights(scores_BN, beta)
-    return cross_entropy(target_scores(query_BD, target_rows_BD, target_log_q_B), scores_BN)

@@ -13,11 +13,11 @@ negatives of Beauty's 12,101 items one target in ten is among its own negatives)
 Shapes:  B users, N shared negatives, D width.
 """
 
-import torch
 from torch import Tensor
 
-MASKED = -1e30
-"""Score of a negative that does not count; finite, so that a row with nothing else has no NaN in its gradient."""
+from distributed_mi.losses.shared_negatives import MASKED, shared_negative_softmax
+
+__all__ = ["MASKED", "negative_scores", "sampled_softmax", "target_scores"]
 
 
 def negative_scores(
@@ -49,11 +49,6 @@ def target_scores(query_BD: Tensor, target_rows_BD: Tensor, target_log_q_B: Tens
     return scores_B if target_log_q_B is None else scores_B - target_log_q_B
 
 
-def cross_entropy(scores_B: Tensor, scores_BN: Tensor) -> Tensor:
-    """`-log softmax` of each target among itself and its negatives, `[B]`."""
-    return torch.logsumexp(torch.cat([scores_B[:, None], scores_BN], dim=1), dim=1) - scores_B
-
-
 def sampled_softmax(
     query_BD: Tensor,
     target_rows_BD: Tensor,
@@ -82,12 +77,13 @@ def sampled_softmax(
     Returns:
         `[B]`, not averaged.
     """
-    scores_BN = negative_scores(
+    return shared_negative_softmax(
         query_BD,
+        target_rows_BD,
         negative_rows_ND,
         target_ids_B=target_ids_B if mask_accidental_hits else None,
         negative_ids_N=negative_ids_N,
+        target_log_q_B=target_log_q_B,
         negative_log_q_N=negative_log_q_N,
         negative_mask_N=negative_mask_N,
     )
-    return cross_entropy(target_scores(query_BD, target_rows_BD, target_log_q_B), scores_BN)

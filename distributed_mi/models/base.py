@@ -10,7 +10,7 @@ interests, T text width.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,24 @@ def _alone(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class PositionTargets:
+    """The item after each position of the histories.
+
+    Args:
+        ids_BL: int64, 0 where there is no target.
+        mask_BL: bool, True where there is one; then the history is real there too.
+        num_targets: of the global step, over all workers and accumulation parts. A loss that means the average over
+            targets gives `sum_L(values) * num_users / num_targets` as its `[B]` values.
+        log_q_BL: log probability of drawing each target as a negative; None: no correction of the logits.
+    """
+
+    ids_BL: Tensor
+    mask_BL: Tensor
+    num_targets: int
+    log_q_BL: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class TrainBatch:
     """One worker's share of a global step.
 
@@ -88,6 +106,8 @@ class TrainBatch:
         gather_offset: position of this worker's first row in what `gather` returns.
         target_log_q_B: log probability of drawing each target as a negative; None: no correction of the logits.
         negative_log_q_N: the same of each negative; given together with `target_log_q_B`.
+        every_position: targets at every position, for models with `target_rule = "every_position"`; then
+            `target_ids_B` is the newest target of each user.
     """
 
     history: HistoryBatch
@@ -98,6 +118,7 @@ class TrainBatch:
     gather_offset: int = 0
     target_log_q_B: Tensor | None = None
     negative_log_q_N: Tensor | None = None
+    every_position: PositionTargets | None = None
 
 
 @dataclass(frozen=True)
@@ -130,9 +151,13 @@ class LossTerms:
 
     def total(self, num_users_per_step: int) -> Tensor:
         """This worker's part of the loss; the parts of all workers add up to the loss of the global step."""
+        return self.parts(num_users_per_step).sum()
+
+    def parts(self, num_users_per_step: int) -> Tensor:
+        """This worker's part of each term, `[num_terms]`, those of `mean` first."""
         parts = [v.sum() / num_users_per_step for v in self.mean.values()]
         parts += [v.sum() for v in self.sum.values()]
-        return torch.stack(parts).sum()
+        return torch.stack([part.float() for part in parts])
 
 
 @dataclass(frozen=True)
@@ -142,7 +167,7 @@ class StepRows:
     Args:
         history_BLD: rows of the histories.
         target_BD: rows of the targets.
-        negative_ND: rows of the shared negatives.
+        negative_ND: rows of the shared negatives; none where the model has not `reads_negatives`.
     """
 
     history_BLD: Tensor
@@ -163,6 +188,10 @@ class Recommender(nn.Module):
     has_loss: ClassVar[bool] = True
     """False for models that are fitted by counting (`fit_counts`) instead of gradient steps."""
 
+    target_rule: ClassVar[Literal["one_position", "every_position"]] = "one_position"
+    """What a training batch asks to predict: one random event of each user, or the event after every position
+    (`TrainBatch.every_position`; for causal encoders)."""
+
     personal: ClassVar[bool] = True
     """False when every history gets the same list, so that there is no interest to name."""
 
@@ -178,6 +207,16 @@ class Recommender(nn.Module):
     read_out: ReadOut | None = None
     """Which of several interests the loss compares with a target. A model whose loss calls it may be given another one
     (EIMF's `recommendation_read_out`). None: there is no choice to replace."""
+
+    @property
+    def reads_negatives(self) -> bool:
+        """Whether `loss` needs the rows of the step's shared negatives."""
+        return True
+
+    @property
+    def reads_log_q(self) -> bool:
+        """Whether `loss` corrects scores by how probable items are as negatives."""
+        return True
 
     @property
     def reads_catalogue_text(self) -> bool:
@@ -203,9 +242,8 @@ class Recommender(nn.Module):
 
     def step_rows(self, batch: TrainBatch) -> StepRows:
         """Every item row that a step needs, in one exchange."""
-        return StepRows(
-            *self.items.lookup(batch.history.item_ids_BL, batch.target_ids_B, batch.negative_ids_N)
-        )
+        negative_ids = batch.negative_ids_N if self.reads_negatives else batch.negative_ids_N[:0]
+        return StepRows(*self.items.lookup(batch.history.item_ids_BL, batch.target_ids_B, negative_ids))
 
     def encode_rows(self, history: HistoryBatch, history_rows_BLD: Tensor) -> UserState:
         """`encode` on rows that were fetched already, so that a model built on another shares its lookup."""

@@ -21,18 +21,18 @@ Shapes:  B users, L history, K interests, D width.
 from pydantic import PositiveInt
 from torch import Tensor
 
-from distributed_mi.core.config import ConfigModel
 from distributed_mi.embeddings.table import ItemTable
-from distributed_mi.losses.read_out import ReadOut, hard_read_out
-from distributed_mi.losses.sampled_softmax import sampled_softmax
+from distributed_mi.losses.config import ObjectiveConfig
+from distributed_mi.losses.read_out import ReadOut
 from distributed_mi.models.base import HistoryBatch, LossTerms, Recommender, StepRows, TrainBatch, UserState
 from distributed_mi.models.layers import AttentivePooling
+from distributed_mi.models.objective import Objective
 
 
 class ComiRecSA(Recommender):
     """Self-attentive multi-interest recommender; see the module docstring for paper and differences."""
 
-    class Config(ConfigModel):
+    class Config(ObjectiveConfig):
         """Architecture and loss of ComiRec-SA."""
 
         num_interests: PositiveInt = 4
@@ -43,8 +43,6 @@ class ComiRecSA(Recommender):
         """Whether the hidden attention layer carries a bias, as in the authors' code."""
         positions: bool = True
         """Add learned positions to the attention input, never to the pooled values."""
-        mask_accidental_hits: bool = True
-        """Leave out negatives that equal a user's target. False: as REMI's code."""
 
     def __init__(self, config: Config, *, items: ItemTable, max_history: int, text_dim: int = 0) -> None:
         super().__init__(config, items=items, max_history=max_history, text_dim=text_dim)
@@ -56,7 +54,21 @@ class ComiRecSA(Recommender):
             bias=config.bias,
             positions=config.positions,
         )
-        self.read_out: ReadOut = hard_read_out
+        self.objective = self._objective(config)
+        self.read_out: ReadOut | None = self.objective.default_read_out
+
+    def _objective(self, config: Config) -> Objective:
+        return Objective(config, items=self.items)
+
+    @property
+    def reads_negatives(self) -> bool:
+        """Whether the configured loss needs them."""
+        return self.objective.reads_negatives
+
+    @property
+    def reads_log_q(self) -> bool:
+        """Whether the configured loss does."""
+        return self.objective.reads_log_q
 
     @property
     def num_interests(self) -> int:
@@ -68,21 +80,12 @@ class ComiRecSA(Recommender):
         return UserState(*self.pooling(history_rows_BLD, history.mask_BL))
 
     def loss_from_rows(self, batch: TrainBatch, rows: StepRows) -> tuple[UserState, LossTerms]:
-        """Sampled softmax on the interest closest to the target (`read_out`: hard, as in the paper).
+        """The configured loss, on the interest closest to the target (`read_out`: hard, as in the paper).
 
         The choice of interest is not differentiated; the other K - 1 receive no gradient from this user.
         """
         state = self.encode_rows(batch.history, rows.history_BLD)
-        values_B = sampled_softmax(
-            self.read_out(state.interests_BKD, rows.target_BD),
-            rows.target_BD,
-            rows.negative_ND,
-            target_ids_B=batch.target_ids_B,
-            negative_ids_N=batch.negative_ids_N,
-            mask_accidental_hits=self.config.mask_accidental_hits,
-            target_log_q_B=batch.target_log_q_B,
-            negative_log_q_N=batch.negative_log_q_N,
-        )
+        values_B = self.objective(state.interests_BKD, batch, rows, self.read_out)
         return state, LossTerms(mean={"recommendation": values_B})
 
 

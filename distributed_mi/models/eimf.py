@@ -166,6 +166,18 @@ class EIMF(Recommender):
             self.backbone.read_out = self._soft_behaviour
 
     @property
+    def reads_negatives(self) -> bool:
+        """The backbone's; L_S reads texts of the negatives, no rows."""
+        return self.backbone.reads_negatives
+
+    @property
+    def reads_log_q(self) -> bool:
+        """Whether the backbone does, or L_S over sampled items."""
+        config = self.config
+        sampled = config.gamma and config.prediction and config.prediction_candidates == "sampled"
+        return self.backbone.reads_log_q or bool(sampled)
+
+    @property
     def reads_catalogue_text(self) -> bool:
         """Whether L_S is a softmax over all items."""
         config = self.config

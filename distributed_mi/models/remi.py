@@ -13,12 +13,15 @@ Differences from the authors' code: those of comirec_sa.py; padding is no negati
 default, because they would get the largest weights.
 """
 
-from pydantic import NonNegativeFloat
+from typing import Any, Self
 
-from distributed_mi.losses.hard_negatives import hard_negative_softmax
+from pydantic import NonNegativeFloat, model_validator
+
+from distributed_mi.losses.config import HardLossConfig
 from distributed_mi.losses.regularizers import routing_penalty
 from distributed_mi.models.base import LossTerms, StepRows, TrainBatch, UserState
 from distributed_mi.models.comirec_sa import ComiRecSA
+from distributed_mi.models.objective import Objective
 
 
 class REMI(ComiRecSA):
@@ -31,23 +34,23 @@ class REMI(ComiRecSA):
         """lambda, weight of the routing regulariser, which is summed over the users of a step. 0: off."""
         ihn_beta: NonNegativeFloat = 1.0
         """beta, concentration of the weights on hard negatives. 0: all negatives weigh the same."""
+        loss: HardLossConfig = HardLossConfig()
+        """How interests are compared with the target and other items (`[train.model.loss]`)."""
+
+        @model_validator(mode="after")
+        def _no_idle_beta(self) -> Self:
+            changed = self.ihn_beta != type(self).model_fields["ihn_beta"].default
+            if changed and self.loss.name != "hard_negatives":
+                raise ValueError(f'ihn_beta belongs to loss.name = "hard_negatives", not "{self.loss.name}"')
+            return self
+
+    def _objective(self, config: Any) -> Objective:
+        return Objective(config, items=self.items, beta=config.ihn_beta)
 
     def loss_from_rows(self, batch: TrainBatch, rows: StepRows) -> tuple[UserState, LossTerms]:
-        """Hard-negative softmax on the interest closest to the target, and the routing penalty."""
-        state = self.encode_rows(batch.history, rows.history_BLD)
+        """The configured loss, by default the hard-negative softmax, and the routing penalty."""
+        state, terms = super().loss_from_rows(batch, rows)
         assert state.attention_BKL is not None
-        values_B = hard_negative_softmax(
-            self.read_out(state.interests_BKD, rows.target_BD),
-            rows.target_BD,
-            rows.negative_ND,
-            beta=self.config.ihn_beta,
-            target_ids_B=batch.target_ids_B,
-            negative_ids_N=batch.negative_ids_N,
-            mask_accidental_hits=self.config.mask_accidental_hits,
-            target_log_q_B=batch.target_log_q_B,
-            negative_log_q_N=batch.negative_log_q_N,
-        )
-        terms = LossTerms(mean={"recommendation": values_B})
         if self.config.rr_weight:
             penalty_B = routing_penalty(
                 state.attention_BKL, dim=self.items.dim, num_positions=self.max_history

@@ -14,28 +14,37 @@ Shapes:  B users, L history, D width.
 import torch
 from torch import Tensor, nn
 
-from distributed_mi.core.config import ConfigModel
 from distributed_mi.embeddings.table import ItemTable
-from distributed_mi.losses.sampled_softmax import sampled_softmax
+from distributed_mi.losses.config import ObjectiveConfig
 from distributed_mi.models.base import HistoryBatch, LossTerms, Recommender, StepRows, TrainBatch, UserState
 from distributed_mi.models.layers import kaiming_normal, masked_mean
+from distributed_mi.models.objective import Objective
 
 
 class YouTubeDNN(Recommender):
     """Single-interest recommender: a linear layer on the mean of the history."""
 
-    class Config(ConfigModel):
+    class Config(ObjectiveConfig):
         """Architecture and loss of the DNN."""
 
         bias: bool = True
         """Whether the linear layer carries a bias."""
-        mask_accidental_hits: bool = True
-        """Leave out negatives that equal a user's target. False: as REMI's code."""
 
     def __init__(self, config: Config, *, items: ItemTable, max_history: int, text_dim: int = 0) -> None:
         super().__init__(config, items=items, max_history=max_history, text_dim=text_dim)
         self.weight_DD = kaiming_normal(items.dim, items.dim, fan_in=items.dim)
         self.bias_D = nn.Parameter(torch.zeros(items.dim)) if config.bias else None
+        self.objective = Objective(config, items=items)
+
+    @property
+    def reads_negatives(self) -> bool:
+        """Whether the configured loss needs them."""
+        return self.objective.reads_negatives
+
+    @property
+    def reads_log_q(self) -> bool:
+        """Whether the configured loss does."""
+        return self.objective.reads_log_q
 
     @property
     def num_interests(self) -> int:
@@ -48,18 +57,9 @@ class YouTubeDNN(Recommender):
         return UserState((user_BD if self.bias_D is None else user_BD + self.bias_D)[:, None, :])
 
     def loss_from_rows(self, batch: TrainBatch, rows: StepRows) -> tuple[UserState, LossTerms]:
-        """Sampled softmax."""
+        """The configured loss."""
         state = self.encode_rows(batch.history, rows.history_BLD)
-        values_B = sampled_softmax(
-            state.interests_BKD[:, 0],
-            rows.target_BD,
-            rows.negative_ND,
-            target_ids_B=batch.target_ids_B,
-            negative_ids_N=batch.negative_ids_N,
-            mask_accidental_hits=self.config.mask_accidental_hits,
-            target_log_q_B=batch.target_log_q_B,
-            negative_log_q_N=batch.negative_log_q_N,
-        )
+        values_B = self.objective(state.interests_BKD, batch, rows, None)
         return state, LossTerms(mean={"recommendation": values_B})
 
 

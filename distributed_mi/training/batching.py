@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from distributed_mi.data.batches import SampledStep, TrainSampler, share_bounds
+from distributed_mi.data.batches import EveryPositionStep, SampledStep, Sampler, share_bounds
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.losses.negatives import NegativeSampler
-from distributed_mi.models.base import HistoryBatch, SemanticBatch, TrainBatch
+from distributed_mi.models.base import HistoryBatch, PositionTargets, SemanticBatch, TrainBatch
 from distributed_mi.training.semantics import Semantics
 
 
@@ -44,7 +44,7 @@ class StepBatches:
 
     def __init__(
         self,
-        sampler: TrainSampler,
+        sampler: Sampler,
         negatives: NegativeSampler,
         group: WorkerGroup,
         *,
@@ -64,13 +64,14 @@ class StepBatches:
         """
         self.sampler, self.negatives, self.group, self.semantics = sampler, negatives, group, semantics
         self.num_users = sampler.num_users
+        self._on_cpu = group.device.type == "cpu"
         self._catalogue_text_VT: Tensor | None = None
         if semantics is not None and catalogue_text:
             self._catalogue_text_VT = self._to_device(semantics.item_text_VT)
         self._cuts = cut_into_parts(self.num_users, group.rank, group.size, parts)
 
     def __call__(self, step: int) -> Sequence[TrainBatch]:
-        """This worker's share of a step; see `loop.StepSource`."""
+        """This worker's share of a step; see `prefetch.StepSource`."""
         share = self.sampler.sample(step, self.group.rank, self.group.size)
         drawn = self.negatives.draw(step)
         log_q_N = drawn.log_q_N if self.negatives.config.log_q else None
@@ -81,7 +82,12 @@ class StepBatches:
         ]
 
     def _batch(
-        self, share: SampledStep, part: slice, offset: int, negatives_N: Tensor, log_q_N: Tensor | None
+        self,
+        share: SampledStep | EveryPositionStep,
+        part: slice,
+        offset: int,
+        negatives_N: Tensor,
+        log_q_N: Tensor | None,
     ) -> TrainBatch:
         targets_B = torch.from_numpy(share.target_ids_B[part])
         semantics = None
@@ -100,10 +106,20 @@ class StepBatches:
             gather_offset=offset,
             target_log_q_B=None if log_q_N is None else self._to_device(self.negatives.log_q(targets_B)),
             negative_log_q_N=None if log_q_N is None else self._to_device(log_q_N),
+            every_position=self._positions(share, part) if isinstance(share, EveryPositionStep) else None,
+        )
+
+    def _positions(self, share: EveryPositionStep, part: slice) -> PositionTargets:
+        ids_BL = torch.from_numpy(share.target_ids_BL[part])
+        return PositionTargets(
+            self._to_device(ids_BL),
+            self._to_device(torch.from_numpy(share.target_mask_BL[part])),
+            share.num_targets,
+            self._to_device(self.negatives.log_q(ids_BL)) if self.negatives.config.log_q else None,
         )
 
     def _to_device(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.group.device, non_blocking=True)
+        return tensor if self._on_cpu else tensor.to(self.group.device, non_blocking=True)
 
     def _semantics_to_device(self, batch: SemanticBatch) -> SemanticBatch:
         return SemanticBatch(

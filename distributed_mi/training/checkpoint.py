@@ -79,7 +79,13 @@ class ModelSpec:
     table_optimizer: dict[str, Any] = field(default_factory=dict)
 
     def build_table(
-        self, group: WorkerGroup | None, *, seed: int = 0, std: float | None = None, trainable: bool = True
+        self,
+        group: WorkerGroup | None,
+        *,
+        seed: int = 0,
+        std: float | None = None,
+        trainable: bool = True,
+        **sharding: Any,
     ) -> ItemTable:
         """A table with first values: local for one worker, sharded for several.
 
@@ -88,6 +94,7 @@ class ModelSpec:
             seed: of the first values.
             std: of the first values.
             trainable: False leaves out the optimizer's state, which takes twice the room of the rows.
+            sharding: how several workers hold it; see `ShardedItemTable`.
         """
         optimizer: TableOptimizer = make_optimizer(TableOptimizerConfig(name="sgd"))
         if trainable:
@@ -97,7 +104,9 @@ class ModelSpec:
             return LocalItemTable(
                 self.num_rows, self.dim, seed=seed, std=std, optimizer=optimizer, device=device
             )
-        return ShardedItemTable(self.num_rows, self.dim, group=group, seed=seed, std=std, optimizer=optimizer)
+        return ShardedItemTable(
+            self.num_rows, self.dim, group=group, seed=seed, std=std, optimizer=optimizer, **sharding
+        )
 
     def build_model(self, items: ItemTable, *, seed: int = 0) -> Recommender:
         """The model with first values that depend on the seed alone."""

@@ -1,9 +1,17 @@
 """Configuration of training: `[train]` changes the result, `[scaling]` does not."""
 
 import os
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from distributed_mi.core.config import Component, ConfigModel, runtime
 from distributed_mi.embeddings.config import TableOptimizerConfig
@@ -26,18 +34,30 @@ class TableConfig(TableOptimizerConfig):
     """Step size of the rows. None: `train.learning_rate`."""
     init_std: PositiveFloat | None = None
     """Standard deviation of the first values of a row. None: sqrt(2 / dim), as in REMI's code (0.177 at dim 64)."""
+    exchange: Literal["fp32", "bf16"] = "fp32"
+    """Numbers in which rows and row gradients travel between workers. `bf16` halves the bytes and rounds both; rows,
+    sums and optimizer state stay float32."""
+    placement: Literal["modulo", "hashed", "ranges"] = runtime("modulo")
+    """Which worker holds a row: `modulo` (round robin in order of popularity), `hashed`, or `ranges` of neighbouring
+    ids with equal load. Changes no result."""
+    replicated_rows: NonNegativeInt = runtime(0)
+    """Most popular rows of which every worker keeps a copy, trained exactly. Pays where few workers' shards are asked
+    for most; changes no result."""
 
 
 class EngineConfig(ConfigModel):
     """What trains the dense parameters. The item table is trained beside it and never enters it."""
 
-    name: Literal["deepspeed", "ddp"] = "deepspeed"
-    """`deepspeed`; `ddp` is plain torch with one all-reduce of the dense gradients a step. Same losses to
-    rounding."""
-    zero_stage: Literal[0, 1, 2] = 0
-    """DeepSpeed only. What is spread over workers: 0 nothing, 1 optimizer states, 2 gradients too. 0 needs one
-    collective a step where 1 needs two, which suits the small dense nets of recommenders; raise it when the dense part
-    fills a GPU."""
+    name: Literal["auto", "deepspeed", "ddp"] = "auto"
+    """`ddp` is plain torch with one all-reduce of the dense gradients a step; `deepspeed` can spread optimizer states,
+    gradients and parameters over the workers (`zero_stage`). `auto`: DeepSpeed when `zero_stage` asks for it, else
+    ddp, which spends less per step on small dense nets and starts sooner (`benchmarks/bench_engine.py`). Same losses
+    to rounding."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed only. What is spread over workers: 0 nothing, 1 optimizer states (two thirds of the bytes of the dense
+    part), 2 gradients too, 3 parameters too, which are gathered layer by layer. 0 needs one collective a step, which
+    suits the small dense nets of recommenders; raise it when the dense part fills a GPU. The item table is spread at
+    every stage."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: matrix products of the model in bfloat16 (autocast); parameters, table and optimizers stay
     float32."""
@@ -46,6 +66,33 @@ class EngineConfig(ConfigModel):
     accumulation: PositiveInt = 1
     """Parts into which each worker cuts its share of a step, to save memory. Loss terms that look at other users of
     the step see those of the same part only."""
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether `name` and `zero_stage` mean DeepSpeed."""
+        return self.name == "deepspeed" or self.zero_stage > 0
+
+    @model_validator(mode="after")
+    def _stage_needs_deepspeed(self) -> Self:
+        if self.name == "ddp" and self.zero_stage > 0:
+            raise ValueError(
+                f'zero_stage {self.zero_stage} needs name = "deepspeed" or "auto"; ddp spreads nothing'
+            )
+        return self
+
+
+class TrackingConfig(ConfigModel):
+    """Where metrics go beside the run's `metrics.jsonl`: loss and its terms, validation metrics, users/s, shares."""
+
+    name: Literal["none", "tensorboard", "mlflow"] = runtime("none")
+    """`tensorboard` writes event files, `mlflow` sends to a tracking server or folder. Each needs its library (extras
+    `tensorboard` and `mlflow`)."""
+    directory: str | None = runtime(None)
+    """Folder of TensorBoard's event files. None: `tensorboard` in the run's folder."""
+    uri: str | None = runtime(None)
+    """Tracking URI of MLflow, a server or a folder. None: `MLFLOW_TRACKING_URI`, else MLflow's own default."""
+    experiment: str = runtime("distributed_mi")
+    """Name of the MLflow experiment; made when it does not exist."""
 
 
 class TrainConfig(ConfigModel):
@@ -93,6 +140,23 @@ class TrainConfig(ConfigModel):
     """Newest checkpoints to keep; the best one is kept besides."""
     log_every: PositiveInt = runtime(50)
     """Steps between two lines of `metrics.jsonl`; losses are checked for NaN at this interval."""
+    prefetch: NonNegativeInt = runtime(2)
+    """Steps whose batches (sampling, padding, negatives, text vectors) a thread of each worker prepares ahead; the
+    numbers are the same. 0: no thread, each step makes its batch first."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = runtime(None)
+    """First and last step (from 1) to trace with torch's profiler on worker 0; the trace is written to `profile` in
+    the run's folder. None: off. A traced step is slower, and a trace grows by about a megabyte a step."""
+    tracking: TrackingConfig = TrackingConfig()
+    """TensorBoard or MLflow beside `metrics.jsonl`."""
+    force: bool = runtime(False)
+    """Start although the preflight predicts more memory than there is (`--force`)."""
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _profile_in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and steps[0] > steps[1]:
+            raise ValueError(f"the first step to trace ({steps[0]}) comes after the last one ({steps[1]})")
+        return steps
 
     @property
     def run_name(self) -> str:

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -23,26 +23,25 @@ from distributed_mi.core.errors import StageError
 from distributed_mi.core.seeding import stream_key
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.table import ItemTable
-from distributed_mi.models.base import Recommender, TrainBatch
+from distributed_mi.models.base import Recommender
 from distributed_mi.training.checkpoint import CheckpointStore, Keep, ModelSpec
 from distributed_mi.training.config import TrainConfig
 from distributed_mi.training.engine import Engine
+from distributed_mi.training.prefetch import Prefetched, StepSource
+from distributed_mi.training.telemetry import (
+    NoTracker,
+    Profile,
+    StretchMeter,
+    TimeToGo,
+    Tracker,
+    open_tracker,
+)
 
 logger = logging.getLogger(__name__)
 
 ValidateFn = Callable[[Recommender, WorkerGroup], dict[str, float]]
 """Metrics of a model on validation users, identical on all workers. Collective. Travels to workers by
 cloudpickle."""
-
-
-class StepSource(Protocol):
-    """Where the batches come from."""
-
-    num_users: int
-    """Users of a global step."""
-
-    def __call__(self, step: int) -> Sequence[TrainBatch]:
-        """This worker's share of a step, in `accumulation` parts."""
 
 
 class ProgressBar(Protocol):
@@ -63,6 +62,8 @@ class TrainState:
     best_metric: float | None = None
     best_metrics: dict[str, float] = field(default_factory=dict)
     """All metrics of the best validation."""
+    last_metric: float | None = None
+    """Of the newest validation."""
     validations_without_gain: int = 0
     stop_reason: str = ""
     """Why training ended; empty while it goes on."""
@@ -98,10 +99,20 @@ class Trainer:
         self.config, self.run = config, run
         self.log = MetricsLog(fs, metrics_path, writes=run.group.rank == 0)
         self.state = TrainState()
+        self._folder = metrics_path.rsplit("/", 1)[0]
         self.paused = False
         """Whether `train` ended before its time because `Run.wants_pause` said so."""
         self._pending: list[Tensor] = []
         self._pending_since = 0.0
+        self._source: Prefetched | StepSource | None = None
+        self._meter = StretchMeter(run.table, run.group)
+        self._tracker: Tracker = NoTracker()
+        self._profile: Profile | None = None
+        if config.profile_steps and run.group.rank == 0:
+            self._profile = Profile(config.profile_steps, fs, f"{self._folder}/profile", run.group.device)
+        self._dropout_key = stream_key(config.seed, f"dropout/{run.group.rank}")
+        self._row_learning_rate = config.table.learning_rate or config.learning_rate
+        run.model.train()
 
     def train(self) -> TrainState:
         """Resume from the newest complete checkpoint, if any, and train to the end.
@@ -114,15 +125,32 @@ class Trainer:
                 checkpoint to resume from is damaged.
         """
         self._resume()
+        self._tracker = open_tracker(
+            self.config,
+            fs=self.log.fs,
+            folder=self._folder,
+            first_step=self.state.step,
+            group=self.run.group,
+        )
+        to_go = TimeToGo(self.config, self.state.step)
         try:
             with torch.random.fork_rng(devices=[]):
                 while not self.state.stop_reason and not self.paused:
-                    self._advance()
+                    self._advance(to_go)
             self.run.store.wait()
         except BaseException:
             self.run.store.give_up()
             raise
+        finally:
+            self.close()
         return self.state
+
+    def close(self) -> None:
+        """End the thread that prepares batches, and the tracker."""
+        if isinstance(self._source, Prefetched):
+            self._source.close()
+        self._source = None
+        self._tracker.close()
 
     def _resume(self) -> None:
         manifest = self.run.store.newest()
@@ -136,9 +164,15 @@ class Trainer:
         if self.run.group.rank == 0:
             logger.info("continuing from the checkpoint of step %s", f"{self.state.step:,}")
 
-    def _advance(self) -> None:
+    def _advance(self, to_go: TimeToGo) -> None:
         config, state = self.config, self.state
+        if self._profile:
+            self._profile.before(state.step + 1)
         self.step()
+        if self._profile:
+            self._profile.after(state.step)
+        if self.run.group.rank == 0:
+            to_go.after(state.step)
         last = state.step >= config.max_steps
         validation_due = last or state.step % config.validate_every == 0
         checkpoint_due = last or state.step % config.checkpoint_every == 0
@@ -156,16 +190,27 @@ class Trainer:
 
     def step(self) -> None:
         """One step, without looking at its loss, validation or checkpoint."""
-        config, run, state = self.config, self.run, self.state
+        run, state = self.run, self.state
+        if self._source is None:
+            depth = self.config.prefetch
+            self._source = Prefetched(run.batches, depth) if depth else run.batches
+        started = time.monotonic()
         if not self._pending:
-            self._pending_since = time.monotonic()
-        # Dropout is a function of (seed, worker, step) like everything else, so a resumed run draws the same masks.
-        torch.manual_seed((stream_key(config.seed, f"dropout/{run.group.rank}") + state.step) % (1 << 63))
-        run.model.train()
-        terms = run.engine.step(run.batches(state.step), run.batches.num_users)
-        run.table.step(config.table.learning_rate or config.learning_rate)
-        self._pending.append(terms)
+            self._pending_since = started
+        self._seed_dropout(state.step)
+        batches = self._source(state.step)
+        self._meter.wait_seconds += time.monotonic() - started
+        self._pending.append(run.engine.step(batches, run.batches.num_users))
+        run.table.step(self._row_learning_rate)
         state.step += 1
+
+    def _seed_dropout(self, step: int) -> None:
+        """Dropout is a function of (seed, worker, step) like everything else, so a resumed run draws the same masks."""
+        # Not torch.manual_seed: while no GPU is in use it keeps a stack trace of every call, a quarter millisecond.
+        seed = (self._dropout_key + step) % (1 << 63)
+        torch.default_generator.manual_seed(seed)
+        if self.run.group.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _flush_losses(self) -> None:
         """Sum the steps' losses over workers in one exchange, check them, log their mean."""
@@ -181,11 +226,25 @@ class Trainer:
         users_per_s = steps * self.run.batches.num_users / max(seconds, 1e-9)
         terms = {n: float(v) for n, v in zip(names, losses_ST.double().mean(0), strict=True)}
         loss = sum(terms.values())
+        facts = self._meter.take(seconds, steps).values()
+        rate = round(users_per_s, 1)
         self.log.append(
-            "train", self.state, loss=loss, terms=terms, steps=steps, users_per_s=round(users_per_s, 1)
+            "train", self.state, loss=loss, terms=terms, steps=steps, users_per_s=rate, costs=facts
         )
-        best = "" if self.state.best_metric is None else f", best {self._best_text()}"
-        self.run.bar.advance(steps, f"loss {loss:.4f}, {users_per_s:,.0f} users/s{best}")
+        tracked = {"loss": loss, **{f"loss/{n}": v for n, v in terms.items()}, "users_per_s": rate, **facts}
+        self._tracker.log(self.state.step, tracked)
+        self.run.bar.advance(steps, self._note(loss, users_per_s, facts))
+
+    def _note(self, loss: float, users_per_s: float, facts: dict[str, float]) -> str:
+        """What stands behind the numbers of the progress bar."""
+        parts = [f"loss {loss:.4f}", f"{users_per_s:,.0f} users/s"]
+        if self.state.last_metric is not None:
+            best = "best" if self.state.last_metric == self.state.best_metric else f"best {self._best_text()}"
+            parts.append(f"{self.config.validation_metric} {self.state.last_metric:.4f} ({best})")
+        if self.run.group.size > 1:
+            parts.append(f"exchange {facts['exchange_share']:.0%}")
+        parts += [f"unique ids {facts['unique_share']:.0%}", f"table {facts['table_gb']:.2g} GB"]
+        return ", ".join(parts)
 
     def _refuse_not_finite(self, losses_ST: Tensor, names: list[str]) -> None:
         bad = (~torch.isfinite(losses_ST)).any(dim=1).nonzero().flatten()
@@ -208,14 +267,16 @@ class Trainer:
         config, state = self.config, self.state
         started = time.monotonic()
         self.run.model.eval()
-        with torch.no_grad():
-            metrics = self.run.validate(self.run.model, self.run.group)
+        with torch.no_grad(), self.run.engine.whole_model() as model:
+            metrics = self.run.validate(model, self.run.group)
+        self.run.model.train()
         value = metrics.get(config.validation_metric)
         if value is None or not math.isfinite(value):
             raise StageError(
                 f"train: validation gave {value} for train.validation_metric {config.validation_metric!r}; "
                 f"it measured {', '.join(metrics) or 'nothing'}"
             )
+        state.last_metric = value
         improved = state.best_metric is None or value > state.best_metric
         if improved:
             state.best_step, state.best_metric, state.best_metrics = state.step, value, dict(metrics)
@@ -231,6 +292,7 @@ class Trainer:
             best_step=state.best_step,
             seconds=round(time.monotonic() - started, 3),
         )
+        self._tracker.log(state.step, metrics)
         if self.run.group.rank == 0:
             note = "best so far" if improved else f"best {self._best_text()}"
             logger.info("step %s: %s %.4f (%s)", f"{state.step:,}", config.validation_metric, value, note)
@@ -243,9 +305,7 @@ class Trainer:
         run.store.save(state.step, run.spec, run.engine, run.table, asdict(state), keep)
 
     def _best_text(self) -> str:
-        return (
-            f"{self.config.validation_metric} {self.state.best_metric:.4f} at step {self.state.best_step:,}"
-        )
+        return f"{self.state.best_metric:.4f} at step {self.state.best_step:,}"
 
 
 class MetricsLog:

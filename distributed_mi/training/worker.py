@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+import pyarrow.fs as pafs
 import torch
 
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.core.errors import ConfigError, InputError
 from distributed_mi.core.progress import track
 from distributed_mi.core.seeding import stream_key
-from distributed_mi.data.batches import Sequences, TrainSampler
+from distributed_mi.data.batches import EveryPositionSampler, Sampler, Sequences, TrainSampler
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.embeddings.placement import expected_load, make_placement
 from distributed_mi.losses.negatives import NegativeSampler
 from distributed_mi.training.batching import StepBatches
 from distributed_mi.training.checkpoint import CheckpointStore, ModelSpec
@@ -27,6 +29,8 @@ from distributed_mi.training.semantics import Semantics
 
 logger = logging.getLogger(__name__)
 
+SEQUENCES_FOLDER = "sequences"
+"""Folder of a run for mapped training sequences; removed when the run is done."""
 PAUSED = "paused"
 """Key of the result of work that ended early, to be started again with more workers, because the file `payload["room"]`
 is there."""
@@ -66,8 +70,16 @@ class TrainWorker:
         if trainer.paused:
             return {PAUSED: state.step}
         run.store.export(state.best_step, f"{root}/model", run.table)
+        _remove_sequences(workspace, root, group)
         lines = read_metrics(workspace.fs, f"{root}/metrics.jsonl")
         return _stats(config, run, state, lines)
+
+
+def _remove_sequences(workspace: Workspace, root: str, group: WorkerGroup) -> None:
+    """Mapped files of the sequences; who still has them open keeps them until it ends."""
+    folder = f"{root}/{SEQUENCES_FOLDER}"
+    if group.rank == 0 and workspace.fs.get_file_info(folder).type == pafs.FileType.Directory:
+        workspace.fs.delete_dir(folder)
 
 
 class _Silent:
@@ -96,14 +108,24 @@ def assemble(
     """Read the data and build the parts of a run, with their first values; all workers call it."""
     counts_V = train_events(workspace)
     num_rows = len(counts_V)
-    sequences = Sequences.read(workspace, "train")
+    sequences = read_sequences(workspace, root, group)
+    sequences.check_items(num_rows, group.rank, group.size)
     owner = config.model.resolve()
     semantics = None
     if owner.requires_semantics:
         semantics = Semantics.read(workspace, num_rows=num_rows, user_index_U=sequences.user_index_U)
     spec = model_spec(config, num_rows, semantics.text_dim if semantics else 0)
-    table = spec.build_table(group, seed=config.seed, std=config.table.init_std)
+    table = spec.build_table(
+        group,
+        seed=config.seed,
+        std=config.table.init_std,
+        **sharding(config, counts_V, group.size),
+    )
     model = spec.build_model(table, seed=stream_key(config.seed, "model") % (1 << 63)).to(group.device)
+    if config.negatives.log_q and not model.reads_log_q:
+        raise ConfigError(
+            f"train.negatives.log_q: the loss of {config.model.name} has no scores to correct; set it to false"
+        )
     engine = build_engine(model, config.engine, learning_rate=config.learning_rate, group=group)
     batches = StepBatches(
         _sampler(config, sequences, group),
@@ -117,8 +139,26 @@ def assemble(
     return Run(model, spec, table, engine, group, batches, validate, store, bar)
 
 
-def _sampler(config: TrainConfig, sequences: Sequences, group: WorkerGroup) -> TrainSampler:
-    sampler = TrainSampler(
+def read_sequences(workspace: Workspace, root: str, group: WorkerGroup) -> Sequences:
+    """The training split: mapped files in a local workspace, in memory from an object store. Collective.
+
+    Args:
+        workspace: with prepare complete.
+        root: folder of the run, where worker 0 puts the files.
+        group: the workers.
+    """
+    if not workspace.is_local:
+        return Sequences.read(workspace, "train")
+    folder = f"{root}/{SEQUENCES_FOLDER}"
+    if group.rank == 0:
+        Sequences.map(workspace, "train", folder)
+    group.barrier()
+    return Sequences.map(workspace, "train", folder, convert=False)
+
+
+def _sampler(config: TrainConfig, sequences: Sequences, group: WorkerGroup) -> Sampler:
+    every = config.model.resolve().target_rule == "every_position"
+    sampler = (EveryPositionSampler if every else TrainSampler)(
         sequences,
         num_users_per_step=config.num_users_per_step,
         max_history=config.max_history,
@@ -132,6 +172,17 @@ def _sampler(config: TrainConfig, sequences: Sequences, group: WorkerGroup) -> T
             f"{config.engine.accumulation} parts each; a step needs at least {needed}"
         )
     return sampler
+
+
+def sharding(config: TrainConfig, counts_V: np.ndarray, num_workers: int) -> dict[str, Any]:
+    """How the table lies on the workers, as `ModelSpec.build_table` takes it."""
+    ids_per_worker = config.num_users_per_step * config.max_history // num_workers
+    load_V = expected_load(counts_V, ids_per_worker) + config.negatives.num_negatives / len(counts_V)
+    return {
+        "placement": make_placement(config.table.placement, len(counts_V), num_workers, load_V),
+        "replicated_rows": config.table.replicated_rows,
+        "exchange_dtype": torch.bfloat16 if config.table.exchange == "bf16" else torch.float32,
+    }
 
 
 def model_spec(config: TrainConfig, num_rows: int, text_dim: int) -> ModelSpec:
@@ -205,7 +256,7 @@ def _stats(config: TrainConfig, run: Run, state: TrainState, lines: list[dict[st
         "num_workers": run.group.size,
         "engine": type(run.engine).__name__,
         "table_rows": run.spec.num_rows,
-        "dense_parameters": sum(p.numel() for p in run.model.parameters()),
+        "dense_parameters": run.engine.num_parameters,
         "loss": _loss_summary(losses),
     }
 

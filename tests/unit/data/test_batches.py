@@ -7,7 +7,8 @@ import pytest
 from distributed_mi.core import schema
 from distributed_mi.core.artifacts import StageKey, Workspace
 from distributed_mi.core.errors import InputError, UnknownUserError, WorkspaceError
-from distributed_mi.data.batches import Sequences, TrainSampler, pad_left
+from distributed_mi.data import batches, mapped
+from distributed_mi.data.batches import EveryPositionSampler, Sequences, TrainSampler, pad_left
 
 
 def table_of(sequences, num_history=None, user_index=None):
@@ -161,3 +162,142 @@ def test_short_users_are_left_out_and_counted():
 def test_no_user_long_enough_is_refused():
     with pytest.raises(InputError, match="none of the 2 training users has more than 4 events"):
         TrainSampler(Sequences.from_table(table_of([[1] * 4, [2]])), num_users_per_step=4, max_history=5)
+
+
+# Every position at once.
+
+
+def every_position(items, **options):
+    defaults = {"num_users_per_step": 8, "max_history": 4, "min_position": 1, "seed": 1}
+    return EveryPositionSampler(Sequences.from_table(table_of(items)), **{**defaults, **options})
+
+
+def test_every_position_by_hand():
+    sample = every_position([[1, 2], [3], [5, 6, 7, 8, 9], [4, 4, 4]]).sample(0)
+    by_row = np.argsort(sample.user_rows_B)
+    assert sample.user_rows_B[by_row].tolist() == [0, 2, 3]  # one event has nothing to predict
+    assert sample.history_ids_BL[by_row].tolist() == [[0, 0, 0, 1], [5, 6, 7, 8], [0, 0, 4, 4]]
+    assert sample.target_ids_BL[by_row].tolist() == [[0, 0, 0, 2], [6, 7, 8, 9], [0, 0, 4, 4]]
+    assert (sample.target_mask_BL == (sample.target_ids_BL > 0)).all()
+    assert (sample.history_mask_BL == (sample.history_ids_BL > 0)).all()
+    assert sample.target_ids_B[by_row].tolist() == [2, 9, 4]
+    assert sample.num_targets == 7
+
+
+def test_no_target_stands_before_the_first_allowed_position():
+    sample = every_position([[5, 6, 7, 8, 9], [1, 2, 3]], min_position=3).sample(0)
+    assert sample.history_ids_BL.tolist() == [[5, 6, 7, 8]]
+    assert sample.target_ids_BL.tolist() == [[0, 0, 8, 9]]
+    assert sample.num_targets == 2
+
+
+@pytest.mark.parametrize("min_position", [1, 3, 6])
+def test_windows_of_long_users_are_consecutive_and_reach_every_event(min_position):
+    items = [list(range(100, 112)), list(range(200, 203)), list(range(300, 308))]
+    sampler = every_position(items, min_position=min_position)
+    targets = []
+    for step in range(300):
+        sample = sampler.sample(step)
+        assert sample.num_targets == sample.target_mask_BL.sum()
+        for row, ids, mask, target_ids, target_mask in zip(
+            sample.user_rows_B,
+            sample.history_ids_BL.tolist(),
+            sample.history_mask_BL.tolist(),
+            sample.target_ids_BL.tolist(),
+            sample.target_mask_BL.tolist(),
+            strict=True,
+        ):
+            seen = [i for i, real in zip(ids, mask, strict=True) if real]
+            begin = items[row].index(seen[0])
+            assert items[row][begin : begin + len(seen)] == seen
+            for item, real, target, asked in zip(ids, mask, target_ids, target_mask, strict=True):
+                if asked:
+                    assert real
+                    assert target == item + 1
+                    targets.append(target)
+                else:
+                    assert target == 0
+    positions = {item % 100 for item in targets if item < 200}
+    assert positions == set(range(min_position, 12))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_shares_of_every_position_are_the_step_and_know_all_of_its_targets(rng, size):
+    _, sequences = random_sequences(rng)
+    sampler = EveryPositionSampler(sequences, num_users_per_step=11, max_history=5, min_position=2, seed=4)
+    whole = sampler.sample(9)
+    for shares in (
+        [whole.share(r, size) for r in range(size)],
+        [sampler.sample(9, r, size) for r in range(size)],
+    ):
+        for name, expected in vars(whole).items():
+            if name == "num_targets":
+                assert {s.num_targets for s in shares} == {expected}
+            else:
+                assert np.array_equal(np.concatenate([vars(s)[name] for s in shares]), expected)
+
+
+# Mapped files.
+
+
+def prepared(tmp_path, shards):
+    workspace = Workspace(str(tmp_path / "workspace"))
+    run = workspace.stage("prepare").open(StageKey("prepare", {}, {}))
+    for number, table in enumerate(shards):
+        run.write_table(f"sequences/train/part-{number:05d}.parquet", table, "sequences")
+    run.commit(rows={"train": sum(s.num_rows for s in shards)})
+    return workspace
+
+
+def test_mapped_sequences_equal_those_in_memory(tmp_path, rng, monkeypatch):
+    monkeypatch.setattr(mapped, "_BATCH_ROWS", 7)  # several batches in each shard
+    order = rng.permutation(50)
+    items = [rng.integers(1, 100, rng.integers(0, 15)).tolist() for _ in range(50)]
+    history = [len(x) // 2 for x in items]
+    whole = table_of(items, history, order.tolist())
+    workspace = prepared(tmp_path, [whole[:30], whole[30:31], whole[31:]])
+    folder = str(tmp_path / "mapped")
+    ours, expected = Sequences.map(workspace, "train", folder), Sequences.read(workspace, "train")
+    again = Sequences.map(workspace, "train", folder, convert=False)
+    for name, value in vars(expected).items():
+        assert np.array_equal(vars(ours)[name], value), name
+        assert np.array_equal(vars(again)[name], value), name
+    assert ours.row_of(expected.user_ids[3]) == 3
+    assert not ours.items.flags.writeable
+    assert not ours.items.flags.owndata
+    options = {"num_users_per_step": 8, "max_history": 5}
+    one, two = (TrainSampler(s, **options).sample(3) for s in (ours, expected))
+    assert all(np.array_equal(a, b) for a, b in zip(vars(one).values(), vars(two).values(), strict=True))
+
+
+def test_a_conversion_that_was_killed_leaves_nothing_that_reads_as_done(tmp_path, monkeypatch):
+    workspace = prepared(tmp_path, [table_of([[1, 2], [3]])])
+    folder = str(tmp_path / "mapped")
+    with monkeypatch.context() as patch:
+        patch.setattr(mapped, "_write_items", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            Sequences.map(workspace, "train", folder)
+    assert Sequences.map(workspace, "train", folder).items.tolist() == [1, 2, 3]
+
+
+def test_an_empty_split_is_mapped_as_no_users(tmp_path):
+    workspace = prepared(tmp_path, [schema.empty("sequences")])
+    sequences = Sequences.map(workspace, "train", str(tmp_path / "mapped"))
+    assert (sequences.num_users, sequences.num_events, sequences.user_ids) == (0, 0, [])
+
+
+@pytest.mark.parametrize(("wrong", "event"), [(99, 2), (0, 3), (-5, 1), (100, 2)])
+def test_an_item_outside_the_catalogue_is_named_with_user_and_position(wrong, event, monkeypatch):
+    monkeypatch.setattr(batches, "_CHECKED_AT_ONCE", 2)
+    items = [[1, 2], [98, 97], [5, 6, 7], [1]]
+    items[2][event - 1] = wrong
+    sequences = Sequences.from_table(table_of(items))
+    message = (
+        rf'user "u2" \(user_index 2\) has item {wrong} as event {event} of 3; the catalogue has items 1 to 98'
+    )
+    with pytest.raises(InputError, match=message):
+        sequences.check_items(99)
+    parts = [(rank, 3) for rank in range(3)]
+    with pytest.raises(InputError, match=message):
+        _ = [sequences.check_items(99, rank, size) for rank, size in parts]
+    Sequences.from_table(table_of([[1, 98], [], [97]])).check_items(99)

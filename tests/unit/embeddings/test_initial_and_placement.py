@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distributed_mi.core.errors import InputError
 from distributed_mi.embeddings.initial import normal_rows
-from distributed_mi.embeddings.placement import Modulo
+from distributed_mi.embeddings.placement import Hashed, Modulo, Placement, Ranges, expected_load
 
 
 def test_a_row_depends_on_seed_and_row_only() -> None:
@@ -66,3 +67,59 @@ def test_modulo_spreads_popular_rows() -> None:
     share = torch.zeros(4, dtype=torch.float64).index_add_(0, owner, weight) / weight.sum()
     assert (weight[:250].sum() / weight.sum()).item() == pytest.approx(0.81, abs=0.01)
     assert share.max() < 1 / 3
+
+
+@given(st.integers(2, 300), st.integers(1, 7))
+def test_hashed_is_a_bijection(num_rows: int, workers: int) -> None:
+    check_bijection(Hashed(num_rows, workers))
+
+
+@given(st.lists(st.floats(0, 1e6), min_size=7, max_size=200), st.integers(1, 7))
+def test_ranges_are_a_bijection_within_their_bound(load: list[float], workers: int) -> None:
+    placement = Ranges.balanced(np.array(load), workers)
+    check_bijection(placement)
+    assert placement.capacity <= max(1, 2 * len(load) // workers) or workers == 1
+
+
+def check_bijection(placement: Placement) -> None:
+    ids = torch.arange(placement.num_rows)
+    owner, slot = placement.owner(ids), placement.slot(ids)
+    for worker in range(placement.num_workers):
+        owned = placement.owned(worker)
+        assert torch.equal(slot[owned], torch.arange(len(owned)))
+        assert bool((owner[owned] == worker).all())
+        assert len(owned) <= placement.capacity
+    assert torch.equal(
+        torch.cat([placement.owned(w) for w in range(placement.num_workers)]).sort().values, ids
+    )
+    assert (int(owner[0]), int(slot[0])) == (0, 0)
+
+
+def test_ranges_balance_the_load_of_distinct_ids() -> None:
+    load = expected_load(1 / np.arange(1, 1001), 500)
+
+    def largest(placement: Placement) -> float:
+        owner = placement.owner(torch.arange(1000)).numpy()
+        return float((np.bincount(owner, weights=load, minlength=4) / load.sum()).max())
+
+    assert largest(Ranges.balanced(load, 4, max_rows=3)) < 0.26
+    assert largest(Ranges.balanced(load, 4)) < 0.29  # bound to 500 rows, the last range cannot take its share
+    # Four equal ranges would give the first one this much of it.
+    assert load[:250].sum() / load.sum() > 0.4
+
+
+def test_expected_load_is_the_mean_number_of_distinct_draws() -> None:
+    counts = np.array([0.0, 5.0, 3.0, 1.0, 1.0])
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(5, size=(20_000, 4), p=counts / counts.sum())
+    seen = np.stack([(drawn == item).any(axis=1).mean() for item in range(5)])
+    assert np.abs(seen - expected_load(counts, 4)).max() < 0.01
+
+
+def test_bounds_that_do_not_ascend_and_too_few_rows_are_refused() -> None:
+    with pytest.raises(InputError, match="must ascend from 0"):
+        Ranges([0, 5, 5])
+    with pytest.raises(InputError, match="3 rows are too few for 4 workers"):
+        Ranges.balanced(np.ones(3), 4)
+    with pytest.raises(InputError, match="hashed holds at most"):
+        Hashed(4_000_000_000, 2)

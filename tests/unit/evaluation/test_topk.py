@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -6,10 +7,20 @@ import torch
 
 from distributed_mi.core.errors import StageError
 from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.evaluation import topk
 from distributed_mi.evaluation.protocol import Cases, load_cases
-from distributed_mi.evaluation.topk import merge_interests, rank_share
-from distributed_mi.models.base import HistoryBatch
+from distributed_mi.evaluation.topk import rank_share, share
+from distributed_mi.models.base import HistoryBatch, UserState
 from tests.unit.evaluation import tiny
+
+CHUNK = 4
+"""Users of a chunk here, so that a few dozen users fill several."""
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "whole_chunks" not in request.node.name:
+        monkeypatch.setattr(topk, "CHUNK_USERS", CHUNK)
 
 
 class Member(WorkerGroup):
@@ -59,35 +70,58 @@ def test_every_worker_makes_the_same_number_of_calls(workspace, size: int, monke
     calls = []
     for rank in range(size):
         model = tiny.TwoInterests(items=tiny.make_table())
-        count = [0]
+        made: list[tuple[str, int]] = []
 
-        def counted(queries, k, model=model, count=count, original=model.items.topk):
-            count[0] += 1
-            return original(queries, k)
+        def counted_topk(interests, k, *, seen_M2, made=made, original=model.items.topk):
+            made.append(("topk", k))
+            return original(interests, k, seen_M2=seen_M2)
 
-        monkeypatch.setattr(model.items, "topk", counted)
-        rank_share(model, cases, Member(rank, size), length=5, users_per_batch=4)
-        calls.append(count[0])
-    assert len(set(calls)) == 1
-    assert calls[0] == math.ceil(math.ceil(cases.num_users / size) / 4)
+        def counted_rows(ids, made=made, original=model.items.rows):
+            made.append(("rows", len(ids)))
+            return original(ids)
 
-
-def test_merge_keeps_the_best_score_and_breaks_ties_by_id() -> None:
-    # Item 5 is in both lists (3.0 wins, interest 1); 2 and 9 tie at 2.0, smaller id first; 4 ties with itself.
-    scores = np.array([[[2.0, 1.5, 1.0], [3.0, 2.0, 1.0]]], dtype=np.float32)
-    ids = np.array([[[9, 5, 4], [5, 2, 4]]])
-    merged = merge_interests(scores, ids, 6)
-    assert merged.ids_BN.tolist() == [[5, 2, 9, 4, 0, 0]]
-    assert merged.interests_BN.tolist() == [[1, 1, 0, 0, -1, -1]]
-    assert merged.scores_BN[0, :4].tolist() == [3.0, 2.0, 2.0, 1.0]
-    without = merge_interests(scores, ids, 2, seen=(np.array([0]), np.array([5])))
-    assert without.ids_BN.tolist() == [[2, 9]]
+        monkeypatch.setattr(model.items, "topk", counted_topk)
+        monkeypatch.setattr(model.items, "rows", counted_rows)
+        rank_share(model, cases, Member(rank, size), length=5, users_per_batch=2 * CHUNK)
+        calls.append(made)
+    assert all(made == calls[0] for made in calls)
+    chunks = math.ceil(math.ceil(cases.num_users / CHUNK) / size)
+    assert len(calls[0]) == 2 * math.ceil(chunks / 2)
 
 
-def test_merge_never_recommends_padding() -> None:
-    merged = merge_interests(np.array([[[9.0, 1.0]]], np.float32), np.array([[[0, 3]]]), 2)
-    assert merged.ids_BN.tolist() == [[3, 0]]
-    assert merged.interests_BN.tolist() == [[0, -1]]
+@pytest.mark.parametrize("size", [1, 2, 5])
+@pytest.mark.parametrize("users_per_batch", [1, CHUNK, 3 * CHUNK - 1, 10_000])
+def test_every_user_is_encoded_at_the_same_place_of_the_same_chunk(workspace, size, users_per_batch) -> None:
+    cases = load_cases(workspace, "test")
+    whole, _ = cases.histories(np.arange(cases.num_users), tiny.MAX_HISTORY)
+    stand_ins = -cases.num_users % CHUNK
+    expected = np.concatenate([whole, np.repeat(whole[:1], stand_ins, axis=0)]).reshape(
+        -1, *whole[:CHUNK].shape
+    )
+    encoded = []
+    for rank in range(size):
+        model = tiny.TwoInterests(items=tiny.make_table())
+        original = model.encode_rows
+        model.encode_rows = lambda h, r, original=original: (
+            encoded.append(h.item_ids_BL.numpy()) or original(h, r)
+        )
+        rank_share(model, cases, Member(rank, size), length=5, users_per_batch=users_per_batch)
+    only_stand_ins = np.repeat(whole[:1], CHUNK, axis=0)
+    real = [chunk for chunk in encoded if not np.array_equal(chunk, only_stand_ins)]
+    np.testing.assert_array_equal(np.stack(real), expected)
+
+
+@pytest.mark.parametrize("num_users", [1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("size", [1, 2, 3, 40])
+def test_shares_are_whole_chunks_in_user_order(num_users: int, size: int) -> None:
+    bounds = [share(num_users, Member(rank, size)) for rank in range(size)]
+    assert bounds[0][0] == 0
+    assert bounds[-1][1] == num_users
+    assert all(a[1] == b[0] for a, b in pairwise(bounds))
+    assert all(low % 64 == 0 for low, high in bounds if high > low)
+    assert max(math.ceil((high - low) / 64) for low, high in bounds) == math.ceil(
+        math.ceil(num_users / 64) / size
+    )
 
 
 def test_mode_of_the_model_is_left_as_it_was(workspace) -> None:
@@ -96,10 +130,13 @@ def test_mode_of_the_model_is_left_as_it_was(workspace) -> None:
     assert model.training
 
 
-def test_scores_that_are_not_numbers_stop_the_stage(workspace, monkeypatch) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("where", ["table", "model"])
+def test_scores_that_are_not_numbers_stop_the_stage(workspace, value: float, where: str) -> None:
     model, cases = tiny.TwoInterests(items=tiny.make_table()), load_cases(workspace, "test")
-    monkeypatch.setattr(
-        model.items, "topk", lambda q, k: (torch.full((len(q), k), torch.nan), torch.ones(len(q), k).long())
-    )
+    if where == "table":
+        model.items.state()[1]["weight"][5, 1] = value
+    else:
+        model.encode_rows = lambda history, rows: UserState(torch.full((len(rows), 2, rows.shape[2]), value))
     with pytest.raises(StageError, match="not a number"):
         rank_share(model, cases, WorkerGroup.alone(), length=3, users_per_batch=50)

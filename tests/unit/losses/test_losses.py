@@ -1,14 +1,14 @@
 """Invariants of the losses and their edges; tests/parity/test_losses.py has the second implementations."""
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from distributed_mi.losses.full_softmax import full_softmax
-from distributed_mi.losses.hard_negatives import hard_negative_softmax, log_weights
+from distributed_mi.losses.hard_negatives import hard_negative_softmax
 from distributed_mi.losses.read_out import hard_read_out, soft_read_out
-from distributed_mi.losses.sampled_softmax import MASKED, sampled_softmax
+from distributed_mi.losses.sampled_softmax import sampled_softmax
+from distributed_mi.losses.shared_negatives import accidental_hits, shared_negative_softmax
 
 
 def problem(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -32,20 +32,70 @@ def test_beta_zero_is_sampled_softmax(mask: bool) -> None:
     torch.testing.assert_close(near, hard, rtol=1e-4, atol=1e-5)
 
 
-@given(beta=st.floats(0.01, 50), shift=st.floats(-20, 20), seed=st.integers(0, 50))
-def test_weights_have_mean_one_and_ignore_a_common_shift(beta: float, shift: float, seed: int) -> None:
-    scores = torch.randn(3, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    scores[0, :3] = MASKED
-    weights = log_weights(scores, beta).exp()
-    assert weights[0, :3].tolist() == [0.0] * 3
-    assert weights[0, 3:].mean().item() == pytest.approx(1.0)
-    assert weights[1:].mean(dim=1).tolist() == pytest.approx([1.0, 1.0])
-    torch.testing.assert_close(log_weights(scores[1:] + shift, beta).exp(), weights[1:])
+def by_autograd(
+    values: dict[str, torch.Tensor], beta: float, mask_N: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The definition, on explicit weights."""
+    scores = values["query_BD"] @ values["negative_rows_ND"].T - values["negative_log_q_N"]
+    out = values["target_ids_B"][:, None] == values["negative_ids_N"]
+    out = out if mask_N is None else out | ~mask_N
+    scores = scores.masked_fill(out, -torch.inf)
+    sharp = torch.softmax(beta * scores, dim=1).masked_fill(out, 0.0)
+    weights = sharp * (~out).sum(dim=1, keepdim=True) if beta else (~out).to(scores.dtype)
+    target = (values["query_BD"] * values["target_rows_BD"]).sum(dim=1) - values["target_log_q_B"]
+    return -torch.log(target.exp() / (target.exp() + (weights * scores.exp()).sum(dim=1)))
 
 
-def test_a_large_beta_puts_all_weight_on_the_hardest_negative() -> None:
-    weights = log_weights(torch.tensor([[0.0, 3.0, 1.0, 2.0]]), beta=1e4).exp()
-    assert weights.tolist() == [[0.0, 4.0, 0.0, 0.0]]
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0, 2.5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_values_and_gradients_are_those_of_the_definition(beta: float, masked: bool) -> None:
+    values = problem()
+    for name in ("query_BD", "target_rows_BD", "negative_rows_ND"):
+        values[name] = values[name].double().requires_grad_()
+    values["negative_log_q_N"] = torch.linspace(-3, -1, 9).double()
+    values["target_log_q_B"] = torch.linspace(-2, -1, 5).double()
+    mask_N = torch.arange(9) % 4 != 1 if masked else None
+    leaves = [values[n] for n in ("query_BD", "target_rows_BD", "negative_rows_ND")]
+    found = shared_negative_softmax(**values, beta=beta, negative_mask_N=mask_N)
+    expected = by_autograd(values, beta, mask_N)
+    torch.testing.assert_close(found, expected)
+    weight = torch.arange(1.0, 6.0).double()
+    ours = torch.autograd.grad((found * weight).sum(), leaves)
+    torch.testing.assert_close(ours, torch.autograd.grad((expected * weight).sum(), leaves))
+
+
+def test_accidental_hits_are_all_pairs_of_equal_ids() -> None:
+    targets, negatives = torch.tensor([3, 9, 3, 5]), torch.tensor([5, 3, 1, 3, 2, 5])
+    rows, columns = accidental_hits(targets, negatives)
+    expected = (targets[:, None] == negatives).nonzero()
+    assert sorted(zip(rows.tolist(), columns.tolist(), strict=True)) == [tuple(p) for p in expected.tolist()]
+    assert accidental_hits(torch.tensor([4]), negatives)[0].numel() == 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
+def test_a_user_whose_negatives_are_all_masked_has_no_loss_and_no_gradient(beta: float) -> None:
+    query = torch.tensor([[1.0, 2.0], [0.5, 0.0]], requires_grad=True)
+    loss = shared_negative_softmax(
+        query,
+        torch.ones(2, 2),
+        torch.ones(3, 2),
+        beta=beta,
+        target_ids_B=torch.tensor([4, 5]),
+        negative_ids_N=torch.tensor([4, 4, 4]),
+    )
+    loss.sum().backward()
+    assert loss[0].item() == 0.0
+    assert loss[1].item() > 0.1
+    assert query.grad is not None
+    assert query.grad[0].tolist() == [0.0, 0.0]
+    assert torch.isfinite(query.grad).all()
+
+
+def test_a_large_beta_compares_with_the_hardest_negative_alone() -> None:
+    query, negatives = torch.tensor([[1.0]]), torch.tensor([[0.0], [3.0], [1.0], [2.0]])
+    loss = shared_negative_softmax(query, torch.tensor([[2.5]]), negatives, beta=1e4)
+    # All weight, which is the number of negatives, lies on the score 3.
+    assert loss.item() == pytest.approx(np.log1p(4 * np.exp(3.0 - 2.5)), rel=1e-5)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 10.0])

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -54,6 +56,20 @@ def test_a_run_learns_and_leaves_model_metrics_and_configuration(tmp_path: Path)
     with torch.no_grad():
         again = HitsOfLastItem(workspace, config.max_history)(model, WorkerGroup.alone())
     assert again["recall@50"] == stats["best_value"]
+
+
+def test_an_item_outside_the_catalogue_ends_the_run_before_it_begins(tmp_path: Path) -> None:
+    workspace = make_prepared(tmp_path)
+    shard = Path(workspace.stage("prepare").path("sequences/train/part-0.parquet"))
+    table = pq.read_table(shard)
+    items = table.column("item_indices").to_pylist()
+    items[7][2] = 61
+    column = pa.array(items, table.schema.field("item_indices").type)
+    pq.write_table(
+        table.set_column(table.schema.get_field_index("item_indices"), "item_indices", column), shard
+    )
+    with pytest.raises(InputError, match=r'user "u7" .* item 61 as event 3 of .* items 1 to 60'):
+        train(workspace, tiny_config())
 
 
 def test_the_same_configuration_is_skipped_and_another_is_trained(tmp_path: Path) -> None:
@@ -182,7 +198,7 @@ def test_most_popular_is_counted_without_steps(tmp_path: Path) -> None:
     model = load_model(workspace.fs, workspace.stage("train/most_popular").path("model"))
     catalogue = workspace.stage("prepare").read("catalogue", "catalogue")
     counts = catalogue.column("num_train_events").to_pylist()
-    scores, ids = model.items.topk(torch.eye(1, 16), 3)
+    scores, ids, _ = model.items.topk(torch.eye(1, 16), 3)
     best = sorted(range(60), key=lambda i: (-counts[i], i))[:3]
     assert ids.tolist() == [[i + 1 for i in best]]
     assert scores.tolist() == [[float(counts[i]) for i in best]]
@@ -216,7 +232,7 @@ def test_a_model_with_semantics_needs_the_stages_and_depends_on_them(tmp_path: P
 
 
 def test_gamma_zero_is_the_backbone_bit_for_bit_through_the_stage(tmp_path: Path) -> None:
-    """With what users run: the DeepSpeed engine, validation, checkpoints, and the exported model at the end."""
+    """With what users run: the default engine, validation, checkpoints, and the exported model at the end."""
     workspace = make_prepared(tmp_path)
     add_semantics(workspace)
     backbone = {"name": "remi", "num_interests": 2}
@@ -226,11 +242,11 @@ def test_gamma_zero_is_the_backbone_bit_for_bit_through_the_stage(tmp_path: Path
         stats[name] = train(workspace, tiny_config(model=model, max_steps=12, validate_every=4)).stats
         stage = workspace.stage(f"train/{name}")
         found = [json.loads(x) for x in Path(stage.path("metrics.jsonl")).read_text().splitlines()]
-        timings = {"users_per_s", "seconds", "train_seconds"}
+        timings = {"users_per_s", "seconds", "train_seconds", "costs"}
         lines[name] = [{k: v for k, v in line.items() if k not in timings} for line in found]
         dense[name] = load_file(stage.path("model", "dense.safetensors"))
         tables[name] = Path(stage.path("model", "table-00000-of-00001-0000.safetensors")).read_bytes()
-    assert stats["eimf"]["engine"] == stats["remi"]["engine"] == "DeepSpeedEngine"
+    assert stats["eimf"]["engine"] == stats["remi"]["engine"] == "PlainEngine"
     assert lines["eimf"] == lines["remi"]
     assert tables["eimf"] == tables["remi"]
     for parameter, value in dense["remi"].items():

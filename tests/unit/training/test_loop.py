@@ -36,7 +36,7 @@ def scores(*values: float) -> Any:
 
 @pytest.mark.parametrize(
     "engine",
-    [{"name": "ddp"}, {"name": "deepspeed"}, {"name": "deepspeed", "zero_stage": 1}],
+    [{"name": "ddp"}, {"name": "deepspeed"}, {"name": "deepspeed", "zero_stage": 1}, {"zero_stage": 3}],
     ids=str,
 )
 @pytest.mark.parametrize("killed_at", [2, 5, 9])
@@ -66,11 +66,11 @@ def test_a_resumed_run_equals_the_undisturbed_one_bit_for_bit(
     for name, value in weights(whole).items():
         assert torch.equal(weights(resumed)[name], value), name
     kept = [
-        {k: v for k, v in x.items() if "second" not in k and "users" not in k}
+        {k: v for k, v in x.items() if not any(word in k for word in ("second", "users", "costs"))}
         for x in lines(tmp_path / "parts")
     ]
     assert kept == [
-        {k: v for k, v in x.items() if "second" not in k and "users" not in k}
+        {k: v for k, v in x.items() if not any(word in k for word in ("second", "users", "costs"))}
         for x in lines(tmp_path / "whole")
     ]
     assert isinstance(resumed.bar, Bar)
@@ -119,7 +119,7 @@ def test_older_checkpoints_are_removed_but_never_the_best(tmp_path: Path) -> Non
 @pytest.mark.parametrize("log_every", [1, 3, 10])
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Path, log_every: int) -> None:
     """Step 7 goes wrong and is named whatever the interval of the check; the checkpoint of step 4 stays the newest."""
-    trainer, run = build(config(log_every=log_every), tmp_path)
+    trainer, run = build(config(log_every=log_every, prefetch=0), tmp_path)
     source = run.batches
 
     def poisoned(step: int) -> Any:
@@ -204,7 +204,7 @@ def test_best_score_is_that_of_the_best_checkpoint(tmp_path: Path) -> None:
 
 
 def test_dropout_masks_depend_on_the_step_alone(tmp_path: Path) -> None:
-    trainer, run = build(config(), tmp_path)
+    trainer, run = build(config(prefetch=0), tmp_path)
     seen: dict[int, float] = {}
     source = run.batches
 
@@ -217,7 +217,7 @@ def test_dropout_masks_depend_on_the_step_alone(tmp_path: Path) -> None:
     trainer.train()
     torch.manual_seed(1)
     first = dict(seen)
-    trainer, run = build(config(), tmp_path / "again")
+    trainer, run = build(config(prefetch=0), tmp_path / "again")
     object.__setattr__(run, "batches", watching)
     trainer.train()
     assert seen == first

@@ -15,7 +15,7 @@ BUILD = """
 import sys
 from pathlib import Path
 from tests.unit.training.toys import build, config
-_, run = build(config(), Path(sys.argv[1]))
+_, run = build(config(engine={'name': 'deepspeed'}), Path(sys.argv[1]))
 print(type(run.engine).__name__)
 """
 LIMIT_S = 120.0

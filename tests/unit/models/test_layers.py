@@ -1,0 +1,34 @@
+"""Layers that have one form for a CPU and one for everything else: both say the same."""
+
+import pytest
+import torch
+
+from distributed_mi.models.layers import AttentivePooling
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("positions", [False, True])
+def test_packed_attention_has_values_and_gradients_of_the_padded_one(
+    bias: bool, positions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    pooling = AttentivePooling(6, 3, attention_dim=11, max_history=5, bias=bias, positions=positions)
+    lengths = torch.tensor([1, 5, 2, 4])
+    mask = torch.arange(5) >= 5 - lengths[:, None]
+    rows = torch.randn(4, 5, 6, requires_grad=True)
+    leaves = [rows, *pooling.parameters()]
+    weights = torch.randn(4, 3, 6), torch.randn(4, 3, 5)
+
+    def run() -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+        found = pooling(rows, mask)
+        total = sum((x * w).sum() for x, w in zip(found, weights, strict=True))
+        return list(found), torch.autograd.grad(total, leaves)
+
+    packed = run()
+    monkeypatch.setattr(
+        torch, "is_autocast_enabled", lambda device: True
+    )  # the padded form, in float32 all the same
+    padded = run()
+    torch.testing.assert_close(packed, padded, rtol=1e-5, atol=2e-6)
+    attention = packed[0][1]
+    assert attention.masked_select(~mask[:, None, :].expand_as(attention)).abs().max() == 0
