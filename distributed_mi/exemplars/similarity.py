@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed_mi.core.memory import available_memory_bytes
+from distributed_mi.core.machine import available_memory_bytes
 
 BLOCK_BYTES = 32 << 20
 """Size of the float64 scratch block: large enough for an efficient matrix product, small beside the result."""

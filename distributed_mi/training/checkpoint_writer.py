@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distributed_mi.core.artifacts import write_bytes
 from distributed_mi.core.errors import CheckpointError
-from distributed_mi.core.memory import available_memory_bytes
+from distributed_mi.core.machine import available_memory_bytes
 from distributed_mi.embeddings.checkpoint import HasRows, held_bytes, save_table, write_tensors
 
 if TYPE_CHECKING:

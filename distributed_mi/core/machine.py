@@ -1,4 +1,4 @@
-"""How much memory there is left."""
+"""What this machine or container has."""
 
 from pathlib import Path
 
