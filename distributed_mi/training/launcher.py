@@ -384,10 +384,8 @@ def _run_on_ray(
     )
     try:
         result: Any = trainer.fit()
-    except (
-        TrainingFailedError,
-        ray.exceptions.RayActorError,
-    ) as error:  # the latter: Ray Train's controller died
+    except (TrainingFailedError, ray.exceptions.RayActorError) as error:
+        # The latter when Ray Train's controller has died.
         return None, _attempt_error(error)
     if not isinstance(result.return_value, dict):
         raise StageError(f"worker 0 returned {result.return_value!r}, must be a dict")
