@@ -224,8 +224,8 @@ def speed(args: argparse.Namespace) -> None:
 
 def _available(sides: list[str]) -> tuple[list[str], str]:
     notes = (
-        "Two processes, one thread each, gloo over loopback. Row-wise Adagrad, but for DDP, whose Adagrad keeps a "
-        "sum per number and whose table stands whole in each process."
+        "Two processes, one thread each, gloo over loopback. Row-wise Adagrad, but for DDP, which "
+        "has SGD, less work, and whose table stands whole in each process."
     )
     missing = []
     try:
