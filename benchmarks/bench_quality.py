@@ -30,7 +30,7 @@ from distributed_mi.core.artifacts import Workspace
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.evaluation.protocol import load_cases
 from distributed_mi.evaluation.validate import make_validator
-from distributed_mi.training.config import ModelChoice, TrainConfig
+from distributed_mi.training.config import ModelChoice, TableConfig, TrainConfig
 from distributed_mi.training.loop import Trainer
 from distributed_mi.training.worker import assemble
 
@@ -68,6 +68,7 @@ def ours(args: argparse.Namespace, workspace: Workspace, seed: int, folder: str)
         model=ModelChoice.model_validate({"name": "remi", "rr_weight": 100.0 * 128 / args.users}),
         num_users_per_step=args.users,
         learning_rate=args.learning_rate,
+        table=TableConfig(learning_rate=args.table_learning_rate),
         seed=seed,
         log_every=10**9,
         prefetch=0,
@@ -98,7 +99,8 @@ class _Silent:
 
 def public(args: argparse.Namespace, workspace: Workspace, seed: int, folder: str) -> list[Point]:
     """The public code with its defaults, matrices stubbed."""
-    sys.modules["faiss"] = cpu_faiss(1)
+    if not hasattr(sys.modules.get("faiss"), "GpuIndexFlatIP"):
+        sys.modules["faiss"] = cpu_faiss(1)
     data, held_out = Path(folder) / "train.txt", Path(folder) / "validation.txt"
     num_items = write_training_users(workspace, data)
     write_users(load_cases(workspace, "validation"), held_out)
@@ -127,6 +129,7 @@ def main() -> int:
     parser.add_argument("--goal", type=float, default=0.130, help="validation Recall@50")
     parser.add_argument("--users", type=int, default=512, help="of our step")
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="of our step")
+    parser.add_argument("--table-learning-rate", type=float, default=2e-2, help="of our item table")
     parser.add_argument("--every", type=int, default=100, help="our steps between validations")
     parser.add_argument("--max-seconds", type=float, default=600.0, help="of a side and seed")
     parser.add_argument("--seeds", type=int, nargs="+", default=[2021, 2022, 2023])
@@ -170,6 +173,7 @@ def _write(args: argparse.Namespace, curves: dict[str, list[list[Point]]]) -> Pa
     extra = {
         "users a step (ours)": args.users,
         "learning rate (ours)": args.learning_rate,
+        "learning rate of the item table (ours)": args.table_learning_rate,
         "steps between validations (ours)": args.every,
         "seeds": ", ".join(str(s) for s in args.seeds),
     }
