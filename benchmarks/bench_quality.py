@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from benchmarks.bench_evaluate import cpu_faiss, write_users
 
 from benchmarks import harness
+from benchmarks.bench_evaluate import cpu_faiss, write_users
 from benchmarks.bench_train_step import PublicSteps, write_training_users
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.embeddings.group import WorkerGroup
