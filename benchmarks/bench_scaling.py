@@ -6,7 +6,7 @@
 Workers are processes of this machine that talk through gloo, one thread each. `strong` keeps the users of a step,
 `weak` the users of a worker. With more workers than cores they share the cores: what they can gain is said beside what
 they did. The constants of the cost model are measured here: a matrix product, scattered rows, a gloo exchange; what a
-step of one worker takes beyond them is its fixed part.
+step of one worker takes beyond them is charged to its users.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,10 +197,10 @@ def main() -> int:
             found = on_workers("training", size, payload)
             seconds = harness.Spread.of(found["seconds"])
             job = job_of(workspace, users)
-            if alone is None:  # the fixed part is what one worker takes beyond its sizes
-                bare = predict(job, machine, 1)
-                machine = Machine(**{**vars(machine), "fixed": max(0.0, seconds.median - bare.seconds)})
+            if alone is None:
                 alone = seconds.median
+                rest = max(0.0, alone - predict(job, machine, 1).seconds)
+                machine = replace(machine, per_user=rest / users)
             cost = predict(job, machine, size)
             # Workers beyond the cores take turns.
             turns = max(1.0, size / len(os.sched_getaffinity(0)))
@@ -230,7 +231,8 @@ def main() -> int:
         "cores": len(os.sched_getaffinity(0)),
         "what the cores allow": "two workers at once; four share two cores, so users/s cannot grow beyond two",
         "constants": f"{machine.flops / 1e9:.0f} GFLOP/s, rows at {machine.memory / 1e9:.1f} GB/s, link "
-        f"{machine.link / 1e9:.2f} GB/s, latency {1e6 * machine.latency:.0f} us, fixed {1e3 * machine.fixed:.2f} ms",
+        f"{machine.link / 1e9:.2f} GB/s, latency {1e6 * machine.latency:.0f} us, other work "
+        f"{1e6 * machine.per_user:.1f} us a user",
     }
     table = harness.Table(header, rows, samples, extra)
     print(harness.write_table("scaling", table, folder=args.results).read_text())

@@ -7,7 +7,8 @@ REMI (or any model with attentive pooling and shared negatives) whose table is s
     dense gradients, bytes out    2 * 4 P (W - 1) / W                    ring all-reduce
     operations                    3 * 2 (h D A + h A K + B N D)          forward and backward
     table, bytes                  n W / W rows: (read and write) (D + s) numbers, and n rows read to be sent
-    seconds                       operations / rate + bytes / bandwidth + collectives * latency, nothing overlapped
+    seconds                       operations / rate + bytes / bandwidth + collectives * latency + what a user costs
+                                  beside matrix products; nothing overlapped
 
 h real history items and targets of a worker, B its users, N negatives, D width, A attention width, K interests, P dense
 parameters, s numbers of optimizer state a row. `bench_scaling` holds ids and bytes against the table's counters, and
@@ -95,8 +96,10 @@ class Machine:
     """Bytes a second out of one worker to the others."""
     latency: float
     """Seconds of a collective that carries nothing."""
+    per_user: float = 0.0
+    """Seconds of a user that are not matrix products: passes over scores and activations, the batch."""
     fixed: float = 0.0
-    """Seconds of a step that no size explains: interpreter, launches."""
+    """Seconds of a step whatever its size: interpreter, launches."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +116,12 @@ class Cost:
     exchange_s: float
     update_s: float
     latency_s: float
-    fixed_s: float
+    other_s: float
 
     @property
     def seconds(self) -> float:
         """Of the step, nothing overlapped."""
-        return self.compute_s + self.exchange_s + self.update_s + self.latency_s + self.fixed_s
+        return self.compute_s + self.exchange_s + self.update_s + self.latency_s + self.other_s
 
     @property
     def exchange_share(self) -> float:
@@ -156,7 +159,7 @@ def predict(job: Job, machine: Machine, workers: int) -> Cost:
         exchange_s=(exchanged + dense) / machine.link,
         update_s=table / machine.memory,
         latency_s=COLLECTIVES * machine.latency if workers > 1 else 0.0,
-        fixed_s=machine.fixed,
+        other_s=machine.fixed + users * machine.per_user,
     )
 
 
