@@ -5,8 +5,8 @@
     $ python -m benchmarks.bench_embedding placement   # how uneven rows and load are on 2 to 64 workers
 
 A step looks ids up, gives each row a gradient and updates the rows. All sides of `speed` live in the same processes
-and take turns batch by batch. TorchRec needs `pip install --no-deps torchrec==1.8.0 fbgemm-gpu-cpu==1.8.0` and a few
-small packages; without it that side is left out and the result says so.
+and take turns batch by batch. TorchRec needs `pip install --no-deps -r cluster/locks/cpu-torchrec.txt`;
+without it that side is left out and the result says so.
 """
 
 import argparse
