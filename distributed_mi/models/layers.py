@@ -85,7 +85,7 @@ class AttentivePooling(nn.Module):
         places_P = mask_BL.reshape(-1).nonzero().flatten()
         positions_LD = None if self.positions is None else self.positions(length)
         scores_SK = _PackedScores.apply(
-            rows_BLD.reshape(-1, dim),
+            rows_BLD.reshape(batch * length, dim),
             places_P,
             places_P.remainder(length),
             positions_LD,
@@ -93,7 +93,7 @@ class AttentivePooling(nn.Module):
             self.inner_bias_A,
             self.outer_AK,
         )
-        return scores_SK.view(batch, length, -1)
+        return scores_SK.view(batch, length, self.outer_AK.shape[1])
 
 
 class _PackedScores(torch.autograd.Function):

@@ -32,3 +32,14 @@ def test_packed_attention_has_values_and_gradients_of_the_padded_one(
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=2e-6)
     attention = packed[0][1]
     assert attention.masked_select(~mask[:, None, :].expand_as(attention)).abs().max() == 0
+
+
+def test_a_worker_without_users_has_no_interests() -> None:
+    pooling = AttentivePooling(6, 3, attention_dim=11, max_history=5, bias=True, positions=True)
+    rows = torch.zeros(0, 5, 6, requires_grad=True)
+    interests, attention = pooling(rows, torch.zeros(0, 5, dtype=torch.bool))
+    assert interests.shape == (0, 3, 6)
+    assert attention.shape == (0, 3, 5)
+    (interests.sum() + attention.sum()).backward()
+    assert rows.grad is not None
+    assert all(p.grad is None or not p.grad.any() for p in pooling.parameters())
