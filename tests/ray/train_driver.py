@@ -75,13 +75,17 @@ def main(url: str, address: str, folder: str, least: str, most: str) -> None:
     """Train."""
     import ray
 
+    def start_ray() -> None:
+        if not ray.is_initialized():
+            ray.init(address=address, logging_level="ERROR", log_to_driver=False)
+
     workspace = Workspace(url)
     launcher.run(
         CONFIG,
         ScalingConfig(num_workers=(int(least), int(most)), threads_per_worker=1),
         workspace,
         validate=Recorded(workspace, CONFIG.max_history, Path(folder)),
-        start_ray=lambda: ray.init(address=address, logging_level="ERROR", log_to_driver=False),
+        start_ray=start_ray,
     )
 
 
