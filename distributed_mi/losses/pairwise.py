@@ -26,7 +26,7 @@ Shapes:  B users, N shared negatives, V items with padding, D width.
 from torch import Tensor
 from torch.nn import functional
 
-from distributed_mi.losses.sampled_softmax import negative_scores, target_scores
+from distributed_mi.losses.sampled_softmax import target_scores
 
 
 def bpr(
@@ -49,8 +49,7 @@ def bpr(
         mask_accidental_hits: leave out negatives that equal the user's target.
     """
     hits_BN = _hits(target_ids_B, negative_ids_N, mask_accidental_hits)
-    scores_BN = negative_scores(query_BD, negative_rows_ND)
-    margins_BN = scores_BN - target_scores(query_BD, target_rows_BD)[:, None]
+    margins_BN = query_BD @ negative_rows_ND.T - target_scores(query_BD, target_rows_BD)[:, None]
     losses_BN = functional.softplus(margins_BN)
     return _sum(losses_BN, hits_BN) / _count(losses_BN, hits_BN).clamp(min=1)
 
@@ -81,7 +80,7 @@ def gbce(
     alpha = min(1.0, len(negative_ids_N) / max(num_rows - 2, 1))
     beta = 1.0 - calibration * (1.0 - alpha)
     hits_BN = _hits(target_ids_B, negative_ids_N, mask_accidental_hits)
-    losses_BN = functional.softplus(negative_scores(query_BD, negative_rows_ND))
+    losses_BN = functional.softplus(query_BD @ negative_rows_ND.T)
     positive_B = -beta * functional.logsigmoid(target_scores(query_BD, target_rows_BD))
     return (positive_B + _sum(losses_BN, hits_BN)) / (_count(losses_BN, hits_BN) + 1)
 

@@ -3,11 +3,12 @@
 Shapes:  B users, G users of the global step, K interests, D width, N negatives.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from distributed_mi.embeddings.table import ItemTable
 from distributed_mi.losses.config import ObjectiveConfig
-from distributed_mi.losses.hard_negatives import hard_negative_softmax
 from distributed_mi.losses.in_batch import in_batch_softmax
 from distributed_mi.losses.pairwise import bpr, gbce
 from distributed_mi.losses.read_out import ReadOut, hard_read_out
@@ -64,32 +65,25 @@ class Objective:
             return self._full_softmax(query_BD[:, None], batch, rows)
         if self.config.name == "in_batch":
             return self._in_batch(query_BD, batch, rows)
-        if self.config.name in {"bpr", "gbce"}:
-            return self._pairwise(query_BD, batch, rows)
-        return self._sampled(query_BD, batch, rows)
+        return self._with_negatives(query_BD, batch, rows)
 
-    def _sampled(self, query_BD: Tensor, batch: TrainBatch, rows: StepRows) -> Tensor:
-        if self.config.name == "hard_negatives":
-            return hard_negative_softmax(
-                query_BD,
-                rows.target_BD,
-                rows.negative_ND,
-                beta=self.beta,
-                target_ids_B=batch.target_ids_B,
-                negative_ids_N=batch.negative_ids_N,
-                mask_accidental_hits=self.mask_accidental_hits,
-                target_log_q_B=batch.target_log_q_B,
-                negative_log_q_N=batch.negative_log_q_N,
-            )
+    def _with_negatives(self, query_BD: Tensor, batch: TrainBatch, rows: StepRows) -> Tensor:
+        compared = (query_BD, rows.target_BD, rows.negative_ND)
+        ids: dict[str, Any] = {
+            "target_ids_B": batch.target_ids_B,
+            "negative_ids_N": batch.negative_ids_N,
+            "mask_accidental_hits": self.mask_accidental_hits,
+        }
+        if self.config.name == "bpr":
+            return bpr(*compared, **ids)
+        if self.config.name == "gbce":
+            return gbce(*compared, calibration=self.config.calibration, num_rows=self.items.num_rows, **ids)
         return sampled_softmax(
-            query_BD,
-            rows.target_BD,
-            rows.negative_ND,
-            target_ids_B=batch.target_ids_B,
-            negative_ids_N=batch.negative_ids_N,
-            mask_accidental_hits=self.mask_accidental_hits,
+            *compared,
+            beta=self.beta if self.config.name == "hard_negatives" else 0.0,
             target_log_q_B=batch.target_log_q_B,
             negative_log_q_N=batch.negative_log_q_N,
+            **ids,
         )
 
     def _in_batch(self, query_BD: Tensor, batch: TrainBatch, rows: StepRows) -> Tensor:
@@ -102,27 +96,6 @@ class Objective:
             candidate_ids_G=batch.gather(batch.target_ids_B),
             mask_accidental_hits=self.mask_accidental_hits,
             candidate_log_q_G=None if log_q_B is None else batch.gather(log_q_B),
-        )
-
-    def _pairwise(self, query_BD: Tensor, batch: TrainBatch, rows: StepRows) -> Tensor:
-        if self.config.name == "bpr":
-            return bpr(
-                query_BD,
-                rows.target_BD,
-                rows.negative_ND,
-                target_ids_B=batch.target_ids_B,
-                negative_ids_N=batch.negative_ids_N,
-                mask_accidental_hits=self.mask_accidental_hits,
-            )
-        return gbce(
-            query_BD,
-            rows.target_BD,
-            rows.negative_ND,
-            calibration=self.config.calibration,
-            num_rows=self.items.num_rows,
-            target_ids_B=batch.target_ids_B,
-            negative_ids_N=batch.negative_ids_N,
-            mask_accidental_hits=self.mask_accidental_hits,
         )
 
     def _full_softmax(self, interests_BKD: Tensor, batch: TrainBatch, rows: StepRows) -> Tensor:

@@ -2,7 +2,7 @@
 
 Xie et al., "Rethinking Multi-Interest Learning for Candidate Matching in Recommender Systems", RecSys 2023.
 
-    loss = mean_b hard_negative_softmax(beta) + lambda sum_b sum_k C_bk^2
+    loss = mean_b sampled_softmax(beta) + lambda sum_b sum_k C_bk^2
 
 The forward pass is ComiRec-SA's. `ihn_beta = 0` and `rr_weight = 0` give ComiRec-SA exactly. The regulariser is a
 sum over users, so `rr_weight` means the same as in the authors' code at 128 users a step, width 64 and window 20

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distributed_mi.losses.contrastive import cosine_distance, info_nce
-from distributed_mi.losses.hard_negatives import hard_negative_softmax
 from distributed_mi.losses.regularizers import routing_penalty
 from distributed_mi.losses.sampled_softmax import sampled_softmax
 
@@ -80,7 +79,7 @@ def test_hard_negatives_equal_the_public_formula_with_gradients(
 ) -> None:
     query, target = torch.randn(2, B, D, generator=generator, requires_grad=True)
     negatives = torch.randn(N, D, generator=generator, requires_grad=True)
-    ours = hard_negative_softmax(
+    ours = sampled_softmax(
         query,
         target,
         negatives,
@@ -104,7 +103,7 @@ def test_hard_negatives_by_hand() -> None:
     query, target = torch.tensor([[1.0]]), torch.tensor([[1.0]])
     negatives = torch.tensor([[0.0], [math.log(3)]])
     ids = torch.tensor([5, 6])
-    loss = hard_negative_softmax(
+    loss = sampled_softmax(
         query, target, negatives, beta=1.0, target_ids_B=torch.tensor([9]), negative_ids_N=ids
     )
     assert loss.item() == pytest.approx(math.log((math.e + 5) / math.e), rel=1e-6)

@@ -5,10 +5,8 @@ import pytest
 import torch
 
 from distributed_mi.losses.full_softmax import full_softmax
-from distributed_mi.losses.hard_negatives import hard_negative_softmax
 from distributed_mi.losses.read_out import hard_read_out, soft_read_out
-from distributed_mi.losses.sampled_softmax import sampled_softmax
-from distributed_mi.losses.shared_negatives import accidental_hits, shared_negative_softmax
+from distributed_mi.losses.sampled_softmax import accidental_hits, sampled_softmax
 
 
 def problem(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -25,10 +23,10 @@ def problem(seed: int = 0) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("mask", [True, False])
 def test_beta_zero_is_sampled_softmax(mask: bool) -> None:
     values = problem()
-    hard = hard_negative_softmax(**values, beta=0.0, mask_accidental_hits=mask)
+    hard = sampled_softmax(**values, beta=0.0, mask_accidental_hits=mask)
     assert torch.equal(hard, sampled_softmax(**values, mask_accidental_hits=mask))
     # And continuously so: no jump between "off" and a very small beta.
-    near = hard_negative_softmax(**values, beta=1e-6, mask_accidental_hits=mask)
+    near = sampled_softmax(**values, beta=1e-6, mask_accidental_hits=mask)
     torch.testing.assert_close(near, hard, rtol=1e-4, atol=1e-5)
 
 
@@ -56,7 +54,7 @@ def test_values_and_gradients_are_those_of_the_definition(beta: float, masked: b
     values["target_log_q_B"] = torch.linspace(-2, -1, 5).double()
     mask_N = torch.arange(9) % 4 != 1 if masked else None
     leaves = [values[n] for n in ("query_BD", "target_rows_BD", "negative_rows_ND")]
-    found = shared_negative_softmax(**values, beta=beta, negative_mask_N=mask_N)
+    found = sampled_softmax(**values, beta=beta, negative_mask_N=mask_N)
     expected = by_autograd(values, beta, mask_N)
     torch.testing.assert_close(found, expected)
     weight = torch.arange(1.0, 6.0).double()
@@ -75,7 +73,7 @@ def test_accidental_hits_are_all_pairs_of_equal_ids() -> None:
 @pytest.mark.parametrize("beta", [0.0, 1.0, 3.0])
 def test_a_user_whose_negatives_are_all_masked_has_no_loss_and_no_gradient(beta: float) -> None:
     query = torch.tensor([[1.0, 2.0], [0.5, 0.0]], requires_grad=True)
-    loss = shared_negative_softmax(
+    loss = sampled_softmax(
         query,
         torch.ones(2, 2),
         torch.ones(3, 2),
@@ -92,8 +90,9 @@ def test_a_user_whose_negatives_are_all_masked_has_no_loss_and_no_gradient(beta:
 
 
 def test_a_large_beta_compares_with_the_hardest_negative_alone() -> None:
+    ids = {"target_ids_B": torch.tensor([9]), "negative_ids_N": torch.arange(1, 5)}
     query, negatives = torch.tensor([[1.0]]), torch.tensor([[0.0], [3.0], [1.0], [2.0]])
-    loss = shared_negative_softmax(query, torch.tensor([[2.5]]), negatives, beta=1e4)
+    loss = sampled_softmax(query, torch.tensor([[2.5]]), negatives, beta=1e4, **ids)
     # All weight, which is the number of negatives, lies on the score 3.
     assert loss.item() == pytest.approx(np.log1p(4 * np.exp(3.0 - 2.5)), rel=1e-5)
 
@@ -102,7 +101,7 @@ def test_a_large_beta_compares_with_the_hardest_negative_alone() -> None:
 def test_huge_scores_stay_finite_with_finite_gradients(beta: float) -> None:
     values = problem()
     query = (values.pop("query_BD") * 1e4).requires_grad_()
-    loss = hard_negative_softmax(query, **values, beta=beta)
+    loss = sampled_softmax(query, **values, beta=beta)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert query.grad is not None
@@ -155,7 +154,7 @@ def test_a_user_whose_negatives_are_all_accidental_costs_nothing_and_has_no_nan(
     values = problem()
     values["negative_ids_N"] = torch.full((9,), 3)
     query = values.pop("query_BD").requires_grad_()
-    loss = hard_negative_softmax(query, **values, beta=beta)
+    loss = sampled_softmax(query, **values, beta=beta)
     loss.sum().backward()
     assert loss[2].item() == 0.0
     assert query.grad is not None
@@ -165,9 +164,9 @@ def test_a_user_whose_negatives_are_all_accidental_costs_nothing_and_has_no_nan(
 
 def test_values_do_not_depend_on_the_other_users() -> None:
     values = problem()
-    whole = hard_negative_softmax(**values, beta=1.0)
+    whole = sampled_softmax(**values, beta=1.0)
     shared = {k: v if "negative" in k else v[1:3] for k, v in values.items()}
-    torch.testing.assert_close(hard_negative_softmax(**shared, beta=1.0), whole[1:3])
+    torch.testing.assert_close(sampled_softmax(**shared, beta=1.0), whole[1:3])
 
 
 def test_hard_read_out_takes_the_closest_interest_and_gives_gradient_to_it_only() -> None:
