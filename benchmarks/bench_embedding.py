@@ -11,14 +11,10 @@ without it that side is left out and the result says so.
 
 import argparse
 import importlib
-import json
 import os
 import random
 import resource
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks import embedding_sides, harness
+from benchmarks.processes import on_processes
 from distributed_mi.embeddings.placement import expected_load, make_placement
 
 
@@ -145,53 +142,6 @@ def run_memory(args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-RUNS = {"speed": run_speed, "memory": run_memory}
-
-
-def child() -> None:
-    """One process of a group: `bench_embedding _child KIND RANK SIZE PORT JSON OUT`."""
-    kind, rank, size, port, payload, out = sys.argv[2:]
-    torch.set_num_threads(1)
-    os.environ |= {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    dist.init_process_group("gloo")
-    result = RUNS[kind](json.loads(payload))
-    if rank == "0":
-        Path(out).write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def on_processes(kind: str, size: int, payload: dict[str, Any]) -> dict[str, Any]:
-    """Result of process 0 of a group of processes.
-
-    Raises:
-        SystemExit: a process failed; its error output was shown.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    with tempfile.TemporaryDirectory() as folder:
-        out = f"{folder}/out.json"
-        base = [sys.executable, "-m", "benchmarks.bench_embedding", "_child", kind]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        processes = [
-            subprocess.Popen([*base, str(r), str(size), port, json.dumps(payload), out], env=environment)
-            for r in range(size)
-        ]
-        codes = [p.wait() for p in processes]
-        if any(codes):
-            sys.exit(f"bench_embedding: processes ended with {codes}")
-        result: dict[str, Any] = json.loads(Path(out).read_text())
-    return result
-
-
 # ---- results --------------------------------------------------------------------------------------------------------
 
 
@@ -201,7 +151,7 @@ def speed(args: argparse.Namespace) -> None:
     payload = {
         k: getattr(args, k) for k in ("rows", "width", "users", "length", "steps", "repeats", "warmup")
     }
-    found = on_processes("speed", args.processes, payload | {"sides": sides})
+    found = on_processes("benchmarks.bench_embedding:run_speed", args.processes, payload | {"sides": sides})
     difference = found.pop("difference")
     for kind, result in found.items():
         moved = result["bytes"]
@@ -247,7 +197,7 @@ def memory(args: argparse.Namespace) -> None:
         "length": args.length,
         "steps": args.steps,
     }
-    found = on_processes("memory", args.processes, payload)
+    found = on_processes("benchmarks.bench_embedding:run_memory", args.processes, payload)
     ratio = found["resident_bytes"] / found["table_bytes"]
     line = {
         "rows x width": f"{rows:,} x {args.width}",
@@ -294,9 +244,6 @@ def placement(args: argparse.Namespace) -> None:
 
 def main() -> int:
     """Run one measurement and write the result."""
-    if len(sys.argv) > 1 and sys.argv[1] == "_child":
-        child()
-        return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

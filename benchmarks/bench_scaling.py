@@ -10,12 +10,8 @@ step of one worker takes beyond them is charged to its users.
 """
 
 import argparse
-import json
 import os
-import socket
-import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +23,7 @@ import torch.distributed as dist
 
 from benchmarks import harness
 from benchmarks.cost_model import Job, Law, Machine, billion_rows, predict
+from benchmarks.processes import on_processes
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.data.batches import Sequences
 from distributed_mi.embeddings.group import WorkerGroup
@@ -46,7 +43,7 @@ def run_training(args: dict[str, Any]) -> dict[str, Any]:
     config = TrainConfig(
         model=ModelChoice(name="remi"), num_users_per_step=args["users"], log_every=10**9, prefetch=0
     )
-    group = WorkerGroup.from_torch() if args["size"] > 1 else WorkerGroup.alone()
+    group = WorkerGroup.from_torch() if dist.is_initialized() else WorkerGroup.alone()
     folder = args["folder"]
     run = assemble(config, workspace, folder, group, lambda model, group: {}, _Silent())
     trainer = Trainer(config, run, fs=workspace.fs, metrics_path=f"{folder}/metrics.jsonl")
@@ -73,7 +70,7 @@ def run_training(args: dict[str, Any]) -> dict[str, Any]:
 
 def run_link(args: dict[str, Any]) -> dict[str, Any]:
     """Bytes a second of an all-to-all, and seconds of an empty one."""
-    size = args["size"]
+    size = dist.get_world_size()
 
     def median(rows: int) -> float:
         sent = torch.ones(size * rows, 64)
@@ -88,50 +85,6 @@ def run_link(args: dict[str, Any]) -> dict[str, Any]:
     latency, full = median(1), median(20_000)
     outside = (size - 1) * 20_000 * 256
     return {"latency": latency, "link": outside / max(full - latency, 1e-9)}
-
-
-RUNS = {"training": run_training, "link": run_link}
-
-
-def child() -> None:
-    """One worker: `bench_scaling _child KIND RANK SIZE PORT JSON OUT`."""
-    kind, rank, size, port, payload, out = sys.argv[2:]
-    torch.set_num_threads(1)
-    if int(size) > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=int(rank), world_size=int(size)
-        )
-    result = RUNS[kind](json.loads(payload) | {"size": int(size)})
-    if rank == "0":
-        Path(out).write_text(json.dumps(result))
-    if int(size) > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def on_workers(kind: str, size: int, payload: dict[str, Any]) -> dict[str, Any]:
-    """Result of worker 0.
-
-    Raises:
-        SystemExit: a worker failed; its error output was shown.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    with tempfile.TemporaryDirectory() as folder:
-        out = f"{folder}/out.json"
-        payload = payload | {"folder": folder}
-        base = [sys.executable, "-m", "benchmarks.bench_scaling", "_child", kind]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        workers = [
-            subprocess.Popen([*base, str(r), str(size), port, json.dumps(payload), out], env=environment)
-            for r in range(size)
-        ]
-        codes = [w.wait() for w in workers]
-        if any(codes):
-            sys.exit(f"bench_scaling: workers ended with {codes}")
-        result: dict[str, Any] = json.loads(Path(out).read_text())
-    return result
 
 
 def measure_machine() -> Machine:
@@ -150,7 +103,7 @@ def measure_machine() -> Machine:
     rows, ids = torch.randn(100_000, 64), torch.randint(0, 100_000, (20_000,))
     flops = 2 * 800 * 64 * 256 / best(lambda: a @ b)
     memory = 2 * 20_000 * 256 / best(lambda: rows.index_select(0, ids))
-    link = on_workers("link", 2, {})
+    link = on_processes("benchmarks.bench_scaling:run_link", 2, {})
     return Machine(flops=flops, memory=memory, link=link["link"], latency=link["latency"])
 
 
@@ -166,9 +119,6 @@ def job_of(workspace: Workspace, users: int, max_history: int = 20) -> Job:
 
 def main() -> int:
     """Measure and write both tables."""
-    if len(sys.argv) > 1 and sys.argv[1] == "_child":
-        child()
-        return 0
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -194,7 +144,7 @@ def main() -> int:
                 "users": users,
                 **{k: getattr(args, k) for k in ("steps", "repeats", "warmup")},
             }
-            found = on_workers("training", size, payload)
+            found = on_processes("benchmarks.bench_scaling:run_training", size, payload)
             seconds = harness.Spread.of(found["seconds"])
             job = job_of(workspace, users)
             if alone is None:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from distributed_mi.core.errors import InputError
-from distributed_mi.embeddings.catalogue_loss import InterestChoice, full_catalogue_loss
 from distributed_mi.embeddings.counters import TableCounters
 from distributed_mi.embeddings.gradients import sum_by_row
 from distributed_mi.embeddings.group import WorkerGroup
@@ -113,19 +112,6 @@ class ShardedItemTable(ItemTable):
         outside = sum(send) - send[self.group.rank]
         self.counters.exchanged_bytes += outside * rows.shape[1] * sent.element_size()
         return out
-
-    def _full_catalogue_loss(
-        self, interests_BKD: Tensor, target_rows_BD: Tensor, choice: InterestChoice, power: float
-    ) -> Tensor:
-        return full_catalogue_loss(
-            interests_BKD,
-            target_rows_BD,
-            store=self.store,
-            group=self.group,
-            anchor=self._anchor,
-            choice=choice,
-            power=power,
-        )
 
     def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
         """See `ItemTable.topk`."""

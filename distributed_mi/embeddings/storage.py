@@ -67,6 +67,11 @@ class RowStore:
             self._all_RD = torch.zeros_like(self.weight_RD)
         return self._all_RD
 
+    @property
+    def has_gradient_of_all(self) -> bool:
+        """Whether `collect_all` was asked since the last step, so that a buffer of the rows' size is held."""
+        return self._all_RD is not None
+
     def zero_grad(self) -> None:
         """Forget the collected gradients."""
         self._pending.clear()

@@ -34,6 +34,12 @@ class ItemTable(ABC):
     """V, padding included."""
     dim: int
     """D."""
+    store: RowStore
+    """Rows held here."""
+    group: WorkerGroup
+    """Who holds the others."""
+    _anchor: Tensor
+    """Gives the rows a gradient function although the table is no parameter of any module."""
     counters: TableCounters
     """Of this worker; see `take_counters`."""
 
@@ -90,13 +96,15 @@ class ItemTable(ABC):
             raise InputError(f"full softmax: the target of user {place} is padding (0)")
         if target_rows_BD is None:
             target_rows_BD = self.rows(target_ids_B)
-        return self._full_catalogue_loss(interests_BKD, target_rows_BD, choice, power)
-
-    @abstractmethod
-    def _full_catalogue_loss(
-        self, interests_BKD: Tensor, target_rows_BD: Tensor, choice: InterestChoice, power: float
-    ) -> Tensor:
-        """See `full_catalogue_loss`."""
+        return full_catalogue_loss(
+            interests_BKD,
+            target_rows_BD,
+            store=self.store,
+            group=self.group,
+            anchor=self._anchor,
+            choice=choice,
+            power=power,
+        )
 
     @abstractmethod
     def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
@@ -163,7 +171,7 @@ class LocalItemTable(ItemTable):
         self.num_rows, self.dim, self.counters = num_rows, dim, TableCounters()
         ids = torch.arange(num_rows, dtype=torch.int64)
         self.store = RowStore(ids, dim, seed=seed, std=std, optimizer=optimizer, device=device)
-        # Gives the rows a gradient function although the table is no parameter of any module.
+        self.group = WorkerGroup.alone(device)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
 
     def lookup(self, *ids: Tensor) -> list[Tensor]:
@@ -173,19 +181,6 @@ class LocalItemTable(ItemTable):
         if torch.is_grad_enabled():
             self.counters.ids += len(flat)
         return split_rows(_LocalRows.apply(self._anchor, flat, self.store), ids)
-
-    def _full_catalogue_loss(
-        self, interests_BKD: Tensor, target_rows_BD: Tensor, choice: InterestChoice, power: float
-    ) -> Tensor:
-        return full_catalogue_loss(
-            interests_BKD,
-            target_rows_BD,
-            store=self.store,
-            group=WorkerGroup.alone(self._anchor.device),
-            anchor=self._anchor,
-            choice=choice,
-            power=power,
-        )
 
     def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
         """See `ItemTable.topk`."""

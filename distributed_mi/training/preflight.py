@@ -136,7 +136,7 @@ def predict(config: TrainConfig, sizes: Sizes, workers: int, probe: "Probe") -> 
         # ids, rows and gradients, here and on their way
         "exchange buffers": fetched * (24 + 4 * 4 * dim) if workers > 1 else fetched * (8 + 2 * 4 * dim),
     }
-    if config.table.name == "adam" and not config.table.lazy:
+    if probe.trains_all_rows or (config.table.name == "adam" and not config.table.lazy):
         need.device["dense gradient of the table"] = rows * 4 * dim
     need.host = {
         "process": _PROCESS_BYTES * (2 if config.engine.uses_deepspeed else 1),
@@ -175,6 +175,8 @@ class Probe:
     """P."""
     fixed_bytes: float
     bytes_per_user: float
+    trains_all_rows: bool = False
+    """Whether a step gives every row of the table a gradient, as a softmax over all items does."""
 
     def bytes(self, users: int) -> int:
         """What is kept for the backward pass, and as much again for the gradients that pass through it."""
@@ -182,7 +184,7 @@ class Probe:
 
     @classmethod
     def measure(cls, config: TrainConfig, sizes: Sizes) -> "Probe":
-        """Run two small batches forward on a table of a few rows and count what autograd keeps.
+        """Run two small batches on a table of a few rows, count what autograd keeps, and see which rows are trained.
 
         At a narrow width, because a configuration that does not fit must not be built; all that a step keeps grows
         with the width at most.
@@ -195,12 +197,14 @@ class Probe:
         with torch.random.fork_rng(devices=[]):
             with torch.device("meta"):
                 whole = owner(settings, items=items, **shape)
-            model = owner(settings, items=LocalItemTable(_PROBE_ROWS, width), **shape)
+            narrow = LocalItemTable(_PROBE_ROWS, width)
+            model = owner(settings, items=narrow, **shape)
             few, many = (_kept_bytes(model, _batch(model, config, sizes, n)) for n in _PROBE_USERS)
         slope = (many - few) / (_PROBE_USERS[1] - _PROBE_USERS[0])
         scale = config.dim / width
         parameters = sum(p.numel() for p in whole.parameters())
-        return cls(parameters, scale * (few - slope * _PROBE_USERS[0]), scale * slope)
+        fixed = scale * (few - slope * _PROBE_USERS[0])
+        return cls(parameters, fixed, scale * slope, narrow.store.has_gradient_of_all)
 
 
 def _batch(model: Recommender, config: TrainConfig, sizes: Sizes, users: int) -> TrainBatch:
@@ -245,7 +249,7 @@ def _kept_bytes(model: Recommender, batch: TrainBatch) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         total = model.loss(batch).total(len(batch.target_ids_B))
-    del total
+    total.backward()
     return sum(kept.values())
 
 

@@ -64,7 +64,7 @@ class StretchMeter:
         self._table_bytes = float(sum(t.numel() * t.element_size() for t in table.state()[1].values()))
 
     def take(self, seconds: float, steps: int) -> StretchFacts:
-        """Facts since the last call. Collective: one exchange of seven numbers.
+        """Facts since the last call. Collective: one exchange of eight numbers.
 
         Args:
             seconds: that this worker needed.

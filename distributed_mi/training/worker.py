@@ -176,8 +176,10 @@ def _sampler(config: TrainConfig, sequences: Sequences, group: WorkerGroup) -> S
 
 def sharding(config: TrainConfig, counts_V: np.ndarray, num_workers: int) -> dict[str, Any]:
     """How the table lies on the workers, as `ModelSpec.build_table` takes it."""
-    ids_per_worker = config.num_users_per_step * config.max_history // num_workers
-    load_V = expected_load(counts_V, ids_per_worker) + config.negatives.num_negatives / len(counts_V)
+    load_V = None
+    if config.table.placement == "ranges":
+        ids_per_worker = config.num_users_per_step * config.max_history // num_workers
+        load_V = expected_load(counts_V, ids_per_worker) + config.negatives.num_negatives / len(counts_V)
     return {
         "placement": make_placement(config.table.placement, len(counts_V), num_workers, load_V),
         "replicated_rows": config.table.replicated_rows,

@@ -44,6 +44,14 @@ def test_each_optimizer_has_its_state(table: dict[str, Any], state: int) -> None
     assert "dense gradient of the table" not in need.device
 
 
+@pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax"])
+def test_a_softmax_over_all_items_needs_a_gradient_of_all_rows(loss: str) -> None:
+    config = remi(model={"name": "remi", "loss": {"name": loss}}, table={"name": "row_adagrad"})
+    need = predict(config, SIZES, 2, Probe.measure(config, SIZES))
+    held = need.device.get("dense gradient of the table", 0)
+    assert held == (500_001 * 64 * 4 if loss == "full_softmax" else 0)
+
+
 def test_the_state_of_a_table_is_what_the_table_holds(tmp_path: Path) -> None:
     from distributed_mi.embeddings.optimizer import make_optimizer
     from distributed_mi.embeddings.table import LocalItemTable
