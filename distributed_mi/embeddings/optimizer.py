@@ -32,8 +32,6 @@ class TableOptimizer(ABC):
 
     touches_all_rows: bool = False
     """Whether a step changes rows without gradient too; then `update` gets every row."""
-    has_kernel: bool = False
-    """Whether `kernels.py` has a compiled form of the rule."""
 
     @abstractmethod
     def init_state(self, weight_RD: Tensor) -> dict[str, Tensor]:
@@ -46,15 +44,16 @@ class TableOptimizer(ABC):
         """Change the rows in `slots_U` (distinct) and their state in place; torch operations, on any device."""
 
     def apply(self, weight_RD: Tensor, state: dict[str, Tensor], gradients: RowGradients, lr: float) -> None:
-        """`update` for gradients that still have to be added up; on a CPU by the compiled form where there is one."""
-        if gradients.compiled and self.has_kernel:
+        """`update` for gradients that still have to be added up; on a CPU by the compiled form."""
+        if gradients.compiled:
             arrays = {name: tensor.numpy() for name, tensor in state.items()}
             self._run_kernel(weight_RD.numpy(), arrays, gradients.grouped(), lr)
         else:
             self.update(weight_RD, state, *gradients.summed(), lr)
 
+    @abstractmethod
     def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
-        raise NotImplementedError
+        """The compiled form of `update`, on arrays; `grouped` as `RowGradients.grouped` gives it."""
 
 
 def make_optimizer(config: TableOptimizerConfig | None = None) -> TableOptimizer:
@@ -74,8 +73,6 @@ def make_optimizer(config: TableOptimizerConfig | None = None) -> TableOptimizer
 class SGD(TableOptimizer):
     """Gradient descent without momentum."""
 
-    has_kernel = True
-
     def init_state(self, weight_RD: Tensor) -> dict[str, Tensor]:
         """No state."""
         return {}
@@ -94,8 +91,6 @@ class SGD(TableOptimizer):
 
 class Adagrad(TableOptimizer):
     """Duchi et al. 2011: `s += g^2; w -= lr g / (sqrt(s) + eps)`, number by number."""
-
-    has_kernel = True
 
     def __init__(self, *, eps: float = 1e-10, initial_accumulator: float = 0.0) -> None:
         self.eps, self.initial_accumulator = eps, initial_accumulator
@@ -141,8 +136,6 @@ class RowAdagrad(Adagrad):
 
 class LazyAdam(TableOptimizer):
     """Adam (Kingma and Ba 2015) on the touched rows, each with its own count of updates."""
-
-    has_kernel = True
 
     def __init__(self, *, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> None:
         self.beta1, self.beta2, self.eps = beta1, beta2, eps
