@@ -153,6 +153,7 @@ def test_a_misspelt_field_is_refused_before_anything_runs(
     assert "max_steps" in capsys.readouterr().err
 
 
+@pytest.mark.slow  # tests/ray/test_train.py holds the same on less data
 def test_one_worker_gives_the_losses_and_metrics_of_two(workspace: Path) -> None:
     """The same run on one worker: losses of 50 steps to 1e-4, metrics to 1e-3."""
     same = ["quickstart", f"workspace={workspace}", *SMALL, "train.max_steps=50", "train.log_every=1"]

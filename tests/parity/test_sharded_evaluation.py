@@ -105,9 +105,7 @@ def test_batch_size_and_threads_change_no_bit(alone: list[list[str]]) -> None:
     assert alone[1::2] == [alone[1]] * len(BATCHES)
 
 
-@pytest.mark.parametrize(
-    "size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow), 4]
-)
+@pytest.mark.parametrize("size", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3, 4))])
 def test_any_number_of_workers_gives_the_bits_of_one(size: int, alone: list[list[str]], tmp_path) -> None:
     ranks = run_on_ranks("tests.parity.test_sharded_evaluation:on_worker", size, tmp_path, {})
     assert ranks == [alone] * size
