@@ -22,12 +22,12 @@ FS = pafs.LocalFileSystem()
 
 
 def ranked(model: Recommender) -> list[Any]:
-    """Top-k of the users of three steps."""
+    """Top-k of the users of three steps: scores, ids and interests of each."""
     found: list[Any] = []
     for step in range(3):
         users = ToyBatches(WorkerGroup.alone())(step)[0].history
-        scores, ids = model.items.topk(model.encode(users).interests_BKD.flatten(0, 1), 10)
-        found += [scores.tolist(), ids.tolist()]
+        best = model.items.topk(model.encode(users).interests_BKD.flatten(0, 1), 10)
+        found += [part.tolist() for part in best]
     return found
 
 

@@ -113,8 +113,9 @@ class Case:
     def steps(self, rank: int = 0) -> list[dict[str, Any]]:
         """What a worker wrote down, over all attempts."""
         path = self.folder / "steps.jsonl"
-        lines = [json.loads(x) for x in path.read_text().splitlines()] if path.exists() else []
-        return [x for x in lines if x["rank"] == rank]
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]  # the last line may be half written when it is read
+        return [x for x in map(json.loads, whole.splitlines()) if x["rank"] == rank]
 
     def checkpoint(self, step: int) -> Path | None:
         """Directory of a checkpoint, once it has been begun."""
