@@ -57,7 +57,14 @@ OWNED: dict[str, tuple[str, ...]] = {
     "deepspeed": ("training/zero.py",),
     "faiss": ("serving",),
     "hnswlib": ("serving",),
-    "numba": ("exemplars/kernels.py", "embeddings/kernels.py", "embeddings/topk_kernels.py"),
+    "numba": (
+        "exemplars/kernels.py",
+        "embeddings/kernels.py",
+        "embeddings/topk_kernels.py",
+        "losses/kernels.py",
+        "losses/vector_math.py",
+        "models/kernels.py",
+    ),
 }
 """Heavy library -> files or folders that own it: nobody else imports it at module level."""
 

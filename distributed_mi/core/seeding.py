@@ -5,10 +5,12 @@ resumed or not, and whichever worker draws them.
 """
 
 import hashlib
+from functools import lru_cache
 
 import numpy as np
 
 
+@lru_cache(maxsize=1_024)
 def stream_key(seed: int, name: str) -> int:
     """64-bit key of a named stream."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "little")

@@ -4,19 +4,99 @@ An update reads the gradients of a row, adds them up in the order in which they 
 state, while all of it is in the cache. torch's own operations would read and write a `[U, D]` matrix five to nine times
 for the same. The rules are those of `optimizer.py`, which also holds the form for other devices.
 
-`first` is 1 where slot 0 is padding and among the touched rows: it is skipped.
+A touched row lies anywhere in a table that no cache holds; it is asked for a few rows before its turn (1.6 to 1.9 times
+faster for Adam at 12,000 to 100,000 rows of 64).
 
 Shapes:  R rows held here, D width, N gradients, U distinct rows touched; the gradients of touched row u are
 `order_N[starts_P[u] : starts_P[u + 1]]`, P = U + 1.
 """
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 _FAST = {"contract", "reassoc"}
 """NaN and infinity keep their meaning: training stops on them."""
 
 # error_model="numpy": a division that may raise keeps a loop scalar, at three times the seconds.
+
+
+_AHEAD = 4
+"""Rows between asking for one and changing it."""
+_LINE = 64
+"""Bytes of a cache line."""
+
+
+def _fetch_instruction(write):
+    """An intrinsic that asks for the cache line at an address; one without memory does no harm."""
+
+    @intrinsic
+    def fetch(typing_context, address):
+        def build(context, builder, signature, args):
+            pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+            number = ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+            instruction = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+            builder.call(instruction, [pointer, number(write), number(3), number(1)])  # keep it; it is data
+            return context.get_dummy_value()
+
+        return types.void(types.int64), build
+
+    return fetch
+
+
+_fetch_to_read, _fetch_to_write = _fetch_instruction(0), _fetch_instruction(1)
+
+
+@njit(inline="always")
+def _fetch_row(rows_RD, slot):
+    """Ask for a row that will be changed."""
+    width = rows_RD.shape[1] * rows_RD.itemsize
+    start = rows_RD.ctypes.data + slot * width
+    for at in range(0, width, _LINE):
+        _fetch_to_write(start + at)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def gather(rows_RD, slots_N, out_ND):
+    """`out[n] = rows[slots[n]]`; 1.5 to 1.9 times faster than `index_select` from a table of a million rows of 64."""
+    width = rows_RD.shape[1] * rows_RD.itemsize
+    for n in range(len(slots_N)):
+        if n + 2 * _AHEAD < len(slots_N):
+            start = rows_RD.ctypes.data + slots_N[n + 2 * _AHEAD] * width
+            for at in range(0, width, _LINE):
+                _fetch_to_read(start + at)
+        row_D, out_D = rows_RD[slots_N[n]], out_ND[n]
+        for d in range(len(out_D)):
+            out_D[d] = row_D[d]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def group_by_counting(slots_N, num_rows, first):
+    """Distinct slots from `first` on, ascending, and what `group_by_row` gives: `slots_U`, `starts_P`, `order_N`."""
+    count_R = np.zeros(num_rows, np.int32)
+    for n in range(len(slots_N)):
+        count_R[slots_N[n]] += 1
+    count_R[:first] = 0
+    distinct = np.int64(0)
+    for slot in range(num_rows):
+        distinct += np.int64(count_R[slot] > 0)
+    slots_U, starts_P = np.empty(distinct, np.int64), np.zeros(distinct + 1, np.int64)
+    u = 0
+    for slot in range(num_rows):
+        if count_R[slot]:
+            slots_U[u] = slot
+            starts_P[u + 1] = starts_P[u] + count_R[slot]
+            count_R[slot] = starts_P[u]
+            u += 1
+    order_N = np.empty(starts_P[distinct], np.int64)
+    for n in range(len(slots_N)):
+        slot = slots_N[n]
+        if slot >= first:
+            order_N[count_R[slot]] = n
+            count_R[slot] += 1
+    return slots_U, starts_P, order_N
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -49,7 +129,7 @@ def _total(u, starts_P, order_N, grads_ND, total_D):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def sum_by_row(inverse_N, grads_ND, out_UD):
+def add_by_row(inverse_N, grads_ND, out_UD):
     """`out[inverse[n]] += grads[n]`, in the order of n."""
     for n in range(len(inverse_N)):
         _add(grads_ND[n], out_UD[inverse_N[n]])
@@ -62,10 +142,12 @@ def _descend(weight_D, grad_D, lr):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def sgd(weight_RD, slots_U, starts_P, order_N, grads_ND, first, lr):
+def sgd(weight_RD, slots_U, starts_P, order_N, grads_ND, lr):
     """`w -= lr g`."""
     total_D = np.empty(weight_RD.shape[1], np.float32)
-    for u in range(first, len(slots_U)):
+    for u in range(len(slots_U)):
+        if u + _AHEAD < len(slots_U):
+            _fetch_row(weight_RD, slots_U[u + _AHEAD])
         _total(u, starts_P, order_N, grads_ND, total_D)
         _descend(weight_RD[slots_U[u]], total_D, np.float32(lr))
 
@@ -78,10 +160,13 @@ def _adagrad_row(weight_D, sums_D, grad_D, lr, eps):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def adagrad(weight_RD, sums_RD, slots_U, starts_P, order_N, grads_ND, first, lr, eps):
+def adagrad(weight_RD, sums_RD, slots_U, starts_P, order_N, grads_ND, lr, eps):
     """`s += g^2; w -= lr g / (sqrt(s) + eps)`, number by number."""
     total_D = np.empty(weight_RD.shape[1], np.float32)
-    for u in range(first, len(slots_U)):
+    for u in range(len(slots_U)):
+        if u + _AHEAD < len(slots_U):
+            _fetch_row(weight_RD, slots_U[u + _AHEAD])
+            _fetch_row(sums_RD, slots_U[u + _AHEAD])
         _total(u, starts_P, order_N, grads_ND, total_D)
         slot = slots_U[u]
         _adagrad_row(weight_RD[slot], sums_RD[slot], total_D, np.float32(lr), np.float32(eps))
@@ -96,11 +181,13 @@ def _sum_of_squares(grad_D):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def row_adagrad(weight_RD, sums_R, slots_U, starts_P, order_N, grads_ND, first, lr, eps):
+def row_adagrad(weight_RD, sums_R, slots_U, starts_P, order_N, grads_ND, lr, eps):
     """The same with one sum per row, of the mean squares of its gradients."""
     width = np.float32(weight_RD.shape[1])
     total_D = np.empty(weight_RD.shape[1], np.float32)
-    for u in range(first, len(slots_U)):
+    for u in range(len(slots_U)):
+        if u + _AHEAD < len(slots_U):
+            _fetch_row(weight_RD, slots_U[u + _AHEAD])
         _total(u, starts_P, order_N, grads_ND, total_D)
         slot = slots_U[u]
         sums_R[slot] += _sum_of_squares(total_D) / width
@@ -128,7 +215,6 @@ def adam(
     starts_P,
     order_N,
     grads_ND,
-    first,
     lr,
     beta1,
     beta2,
@@ -142,7 +228,11 @@ def adam(
     """
     total_D = np.empty(weight_RD.shape[1], np.float32)
     take1, keep2, take2 = np.float32(1 - beta1), np.float32(beta2), np.float32(1 - beta2)
-    for u in range(first, len(slots_U)):
+    for u in range(len(slots_U)):
+        if u + _AHEAD < len(slots_U):
+            _fetch_row(weight_RD, slots_U[u + _AHEAD])
+            _fetch_row(mean_RD, slots_U[u + _AHEAD])
+            _fetch_row(square_RD, slots_U[u + _AHEAD])
         _total(u, starts_P, order_N, grads_ND, total_D)
         slot = slots_U[u]
         updates_R[slot] += 1

@@ -43,13 +43,16 @@ class TableOptimizer(ABC):
     ) -> None:
         """Change the rows in `slots_U` (distinct) and their state in place; torch operations, on any device."""
 
-    def apply(self, weight_RD: Tensor, state: dict[str, Tensor], gradients: RowGradients, lr: float) -> None:
-        """`update` for gradients that still have to be added up; on a CPU by the compiled form."""
+    def apply(self, weight_RD: Tensor, state: dict[str, Tensor], gradients: RowGradients, lr: float) -> int:
+        """`update` for gradients that still have to be added up, on a CPU by the compiled form; how many rows."""
         if gradients.compiled:
             arrays = {name: tensor.numpy() for name, tensor in state.items()}
-            self._run_kernel(weight_RD.numpy(), arrays, gradients.grouped(), lr)
-        else:
-            self.update(weight_RD, state, *gradients.summed(), lr)
+            grouped = gradients.grouped()
+            self._run_kernel(weight_RD.numpy(), arrays, grouped, lr)
+            return len(grouped[0])
+        slots_U, totals_UD = gradients.summed()
+        self.update(weight_RD, state, slots_U, totals_UD, lr)
+        return len(slots_U)
 
     @abstractmethod
     def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:

@@ -63,7 +63,7 @@ class HotRows:
     def refresh(self) -> None:
         """Fetch the rows from their owners when they may have changed."""
         if self.num_rows and self.outdated:
-            mine = self.store.weight_RD.index_select(0, self._my_slots)
+            mine = self.store.read(self._my_slots)
             parts = torch.cat(self.group.all_gather_rows(mine))
             self._rows_HD = parts.index_select(0, self._place_H)
         self.outdated = False

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distributed_mi.core.errors import InputError
 from distributed_mi.embeddings.counters import TableCounters
-from distributed_mi.embeddings.gradients import sum_by_row
+from distributed_mi.embeddings.gradients import add_by_row
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer
 from distributed_mi.embeddings.placement import Modulo, Placement
@@ -83,8 +83,7 @@ class ShardedItemTable(ItemTable):
         flat = torch.cat([i.reshape(-1) for i in ids])
         check_ids(flat, self.num_rows)
         self._hot.refresh()
-        rows_ND = _ExchangedRows.apply(self._anchor, self, self._route(flat))
-        return split_rows(rows_ND, ids)
+        return list(_ExchangedRows.apply(self._anchor, self, self._route(flat), [i.shape for i in ids]))
 
     def _route(self, flat: Tensor) -> "_Route":
         """Who sends what to whom for a lookup: two exchanges, of counts and of slots."""
@@ -168,21 +167,25 @@ class _ExchangedRows(torch.autograd.Function):
     """Rows that others asked for go out, rows that were asked for come in; backward the other way."""
 
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, table: ShardedItemTable, route: _Route) -> Tensor:
-        ctx.table, ctx.route = table, route
-        rows_UD = table._exchange(
-            table.store.weight_RD.index_select(0, route.slots), route.receive, route.send
-        )
+    def forward(
+        ctx: Any, anchor: Tensor, table: ShardedItemTable, route: _Route, shapes: list[torch.Size]
+    ) -> tuple[Tensor, ...]:
+        ctx.table, ctx.route, ctx.sizes = table, route, [shape.numel() for shape in shapes]
+        ctx.set_materialize_grads(False)
+        rows_UD = table._exchange(table.store.read(route.slots), route.receive, route.send)
         if len(route.hot_ids):
             rows_UD = torch.cat([rows_UD, table._hot.rows(route.hot_ids)])
-        return rows_UD.index_select(0, route.inverse)
+        return split_rows(rows_UD.index_select(0, route.inverse), shapes)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
         table, route = ctx.table, ctx.route
         num_cold = sum(route.send)
-        grad_UD = sum_by_row(route.inverse, grads[0].contiguous(), num_cold + len(route.hot_ids))
+        grad_UD = table.store.weight_RD.new_zeros((num_cold + len(route.hot_ids), table.dim))
+        for inverse, grad in zip(route.inverse.split(ctx.sizes), grads, strict=True):
+            if grad is not None:
+                add_by_row(inverse, grad.reshape(len(inverse), table.dim), grad_UD)
         table.store.collect(route.slots, table._exchange(grad_UD[:num_cold], route.send, route.receive))
         if len(route.hot_ids):
             table._hot.collect(route.hot_ids, grad_UD[num_cold:])
-        return None, None, None
+        return None, None, None, None

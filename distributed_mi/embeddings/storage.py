@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distributed_mi.core.errors import CheckpointError, InputError
-from distributed_mi.embeddings.gradients import RowGradients
+from distributed_mi.embeddings.gradients import RowGradients, is_plain
 from distributed_mi.embeddings.initial import normal_rows
 from distributed_mi.embeddings.optimizer import TableOptimizer, make_optimizer
 
@@ -54,6 +54,16 @@ class RowStore:
         self.num_touched = 0
         """Rows that the last step changed."""
 
+    def read(self, slots_N: Tensor) -> Tensor:
+        """Copies of rows, `[N, D]`; slots may repeat."""
+        if not is_plain(self.weight_RD):
+            return self.weight_RD.index_select(0, slots_N)
+        from distributed_mi.embeddings import kernels
+
+        out_ND = self.weight_RD.new_empty((len(slots_N), self.dim))
+        kernels.gather(self.weight_RD.numpy(), slots_N.contiguous().numpy(), out_ND.numpy())
+        return out_ND
+
     def collect(self, slots: Tensor, grads: Tensor) -> None:
         """Remember row gradients until `step`; slots may repeat, their gradients add up."""
         self._pending.append((slots, grads))
@@ -87,9 +97,8 @@ class RowStore:
             self._step_all(grad_RD, lr)
             self.num_touched = len(grad_RD)
         elif pending:
-            gradients = RowGradients.of(pending, holds_padding=self.holds_padding)
-            self.num_touched = len(gradients.slots_U)
-            self.optimizer.apply(self.weight_RD, self.state, gradients, lr)
+            gradients = RowGradients.of(pending, num_rows=len(self.ids_R), holds_padding=self.holds_padding)
+            self.num_touched = self.optimizer.apply(self.weight_RD, self.state, gradients, lr)
 
     def _step_all(self, grad_RD: Tensor, lr: float) -> None:
         """Update every row but padding, a tile at a time: what an optimizer holds beside is a few tiles."""

@@ -180,7 +180,7 @@ class LocalItemTable(ItemTable):
         check_ids(flat, self.num_rows)
         if torch.is_grad_enabled():
             self.counters.ids += len(flat)
-        return split_rows(_LocalRows.apply(self._anchor, flat, self.store), ids)
+        return list(_LocalRows.apply(self._anchor, self.store, flat, [i.shape for i in ids]))
 
     def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
         """See `ItemTable.topk`."""
@@ -210,16 +210,21 @@ class LocalItemTable(ItemTable):
 
 class _LocalRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchor: Tensor, flat: Tensor, store: RowStore) -> Tensor:
+    def forward(
+        ctx: Any, anchor: Tensor, store: RowStore, flat: Tensor, shapes: list[torch.Size]
+    ) -> tuple[Tensor, ...]:
         ctx.store = store
         ctx.save_for_backward(flat)
-        return store.weight_RD.index_select(0, flat)
+        ctx.sizes = [shape.numel() for shape in shapes]
+        ctx.set_materialize_grads(False)
+        return split_rows(store.read(flat), shapes)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
-        (flat,) = ctx.saved_tensors
-        ctx.store.collect(flat, grads[0])
-        return None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
+        for slots, grad in zip(ctx.saved_tensors[0].split(ctx.sizes), grads, strict=True):
+            if grad is not None and len(slots):
+                ctx.store.collect(slots, grad.reshape(len(slots), -1))
+        return None, None, None, None
 
 
 def check_size(num_rows: int, dim: int) -> None:
@@ -234,7 +239,7 @@ def check_size(num_rows: int, dim: int) -> None:
         )
 
 
-def split_rows(rows: Tensor, ids: Sequence[Tensor]) -> list[Tensor]:
+def split_rows(rows_ND: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
     """Cut the rows of a joint lookup back into the shapes of its id tensors."""
-    parts = rows.split([i.numel() for i in ids])
-    return [part.view(*i.shape, rows.shape[-1]) for part, i in zip(parts, ids, strict=True)]
+    parts = rows_ND.split([shape.numel() for shape in shapes])
+    return tuple(part.view(*shape, rows_ND.shape[-1]) for part, shape in zip(parts, shapes, strict=True))

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from distributed_mi.core.errors import StageError
 from distributed_mi.core.progress import Bar
+from distributed_mi.core.threads import map_single_threaded
 from distributed_mi.data.batches import share_bounds
 from distributed_mi.embeddings.group import WorkerGroup
-from distributed_mi.embeddings.threads import map_single_threaded
 from distributed_mi.embeddings.topk import TopK
 from distributed_mi.evaluation.metrics.base import Ints
 from distributed_mi.evaluation.protocol import Cases

@@ -14,6 +14,7 @@ Shapes:  V items with padding, N negatives.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -30,11 +31,16 @@ class Negatives:
 
     Args:
         ids_N: int64 in 1 .. V - 1, may repeat.
-        log_q_N: float32, log of the probability of drawing each in one draw.
+        sampler: what drew them.
     """
 
     ids_N: Tensor
-    log_q_N: Tensor
+    sampler: "NegativeSampler"
+
+    @cached_property
+    def log_q_N(self) -> Tensor:
+        """Log of the probability of drawing each in one draw, float32."""
+        return self.sampler.log_q(self.ids_N)
 
 
 class NegativeSampler:
@@ -108,8 +114,7 @@ class NegativeSampler:
                 self._cumulative, generator.random(n) * self._cumulative[-1], side="right"
             )
             ids = np.minimum(drawn, v - 1)
-        ids_N = torch.from_numpy(ids.astype(np.int64))
-        return Negatives(ids_N, self.log_q(ids_N))
+        return Negatives(torch.from_numpy(ids.astype(np.int64, copy=False)), self)
 
     def log_q(self, ids: Tensor) -> Tensor:
         """Log probability of drawing each id in one draw, float32.

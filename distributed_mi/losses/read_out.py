@@ -4,6 +4,7 @@ Shapes:  B users, K interests, D width.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,24 @@ def hard_read_out(interests_BKD: Tensor, target_rows_BD: Tensor) -> Tensor:
     first.
     """
     scores_BK = (interests_BKD.detach() @ target_rows_BD.detach()[:, :, None]).squeeze(2)
-    best_B = scores_BK.argmax(dim=1)
-    return interests_BKD[torch.arange(len(best_B), device=best_B.device), best_B]
+    query_BD: Tensor = _Pick.apply(interests_BKD, scores_BK.argmax(dim=1))
+    return query_BD
+
+
+class _Pick(torch.autograd.Function):
+    """One of each user's interests. Advanced indexing would add up its gradient as if a place could repeat."""
+
+    @staticmethod
+    def forward(ctx: Any, interests_BKD: Tensor, best_B: Tensor) -> Tensor:
+        user_B = torch.arange(len(best_B), device=best_B.device)
+        ctx.shape, ctx.place = interests_BKD.shape, (user_B, best_B)
+        return interests_BKD[ctx.place]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad_BKD = grads[0].new_zeros(ctx.shape)
+        grad_BKD[ctx.place] = grads[0]
+        return grad_BKD, None
 
 
 def soft_read_out(

@@ -13,6 +13,9 @@ Uniform attention over a full history costs 0. A short history of n items costs 
 Shapes:  B users, K interests, L positions, D width.
 """
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 
@@ -29,6 +32,24 @@ def routing_penalty(attention_BKL: Tensor, *, dim: int, num_positions: int | Non
         `[B]`.
     """
     length = attention_BKL.shape[2] if num_positions is None else num_positions
-    # sum_t (A - mean)^2 over `length` slots, of which those beyond the tensor hold 0.
-    spread_BK = attention_BKL.square().sum(dim=2) - attention_BKL.sum(dim=2).square() / length
-    return (spread_BK / dim).square().sum(dim=1)
+    penalty_B: Tensor = _RoutingPenalty.apply(attention_BKL, dim, length)
+    return penalty_B
+
+
+class _RoutingPenalty(torch.autograd.Function):
+    """With its gradient written out: d C_bk^2 / d A_bkt = 4 C_bk (A_bkt - mean_bk) / d."""
+
+    @staticmethod
+    def forward(ctx: Any, attention_BKL: Tensor, dim: int, length: int) -> Tensor:
+        # sum_t (A - mean)^2 over `length` slots, of which those beyond the tensor hold 0.
+        mean_BK = attention_BKL.sum(dim=2) / length
+        cost_BK = (attention_BKL.square().sum(dim=2) - mean_BK.square() * length) / dim
+        ctx.save_for_backward(attention_BKL, mean_BK, cost_BK)
+        ctx.dim = dim
+        return cost_BK.square().sum(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        attention_BKL, mean_BK, cost_BK = ctx.saved_tensors
+        flow_BK = (4 / ctx.dim) * grads[0][:, None] * cost_BK
+        return (attention_BKL - mean_BK[:, :, None]) * flow_BK[:, :, None], None, None

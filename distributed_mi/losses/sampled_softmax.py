@@ -27,13 +27,20 @@ so only A (and H, where it is not A squared) outlives the forward pass; autograd
 Shapes:  B users, N shared negatives, D width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distributed_mi.core.threads import map_slices
+
 MASKED = -1e30
 """Score of a negative that does not count; finite, so that a row with nothing else has no NaN in its gradient."""
+
+_NO_IDS = (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+_NO_LOG_Q = torch.empty(0, dtype=torch.float32)
+_NO_MASK = torch.empty(0, dtype=torch.bool)
 
 
 def target_scores(query_BD: Tensor, target_rows_BD: Tensor) -> Tensor:
@@ -68,12 +75,12 @@ def sampled_softmax(
         negative_log_q_N: the same of each negative; the weights are taken from corrected scores too.
         negative_mask_N: bool, False on negatives that do not count; None: all do.
     """
-    hits = accidental_hits(target_ids_B, negative_ids_N) if mask_accidental_hits else None
     target_B = target_scores(query_BD.detach(), target_rows_BD.detach())
     if target_log_q_B is not None:
         target_B = target_B - target_log_q_B
+    ids = (target_ids_B, negative_ids_N) if mask_accidental_hits else None
     loss_B: Tensor = _SampledSoftmax.apply(
-        query_BD, target_rows_BD, negative_rows_ND, target_B, beta, hits, negative_log_q_N, negative_mask_N
+        query_BD, target_rows_BD, negative_rows_ND, target_B, beta, ids, negative_log_q_N, negative_mask_N
     )
     return loss_B
 
@@ -102,71 +109,144 @@ class _SampledSoftmax(torch.autograd.Function):
         negative_rows_ND: Tensor,
         target_B: Tensor,
         beta: float,
-        hits: tuple[Tensor, Tensor] | None,
+        ids: tuple[Tensor, Tensor] | None,
         log_q_N: Tensor | None,
         mask_N: Tensor | None,
     ) -> Tensor:
         scores_BN = query_BD @ negative_rows_ND.T  # in bfloat16 under autocast
-        scores_BN = scores_BN if scores_BN.dtype == torch.float64 else scores_BN.float()
-        num_B = _mask(scores_BN, hits, log_q_N, mask_N)
-        top_B = scores_BN.amax(dim=1)
-        shifted_BN = scores_BN.sub_(top_B[:, None])
-        hard_BN: Tensor | None = None  # left out for beta = 1
-        sharp_BN: Tensor | None = None  # left out for beta = 0
-        sharp_B: Tensor | None = None
-        if beta == 0:
-            hard_BN = shifted_BN.exp_()
-            hard_B = hard_BN.sum(dim=1)
-        elif beta == 1:
-            sharp_BN = shifted_BN.exp_()
-            hard_B = sharp_BN.square().sum(dim=1)
-        else:
-            hard_BN = torch.exp(shifted_BN * (1 + beta))
-            hard_B = hard_BN.sum(dim=1)
-            sharp_BN = shifted_BN.mul_(beta).exp_()
-        # Of all negatives as one: log sum_j w_j exp(s_j) = max + log h - log a + log n.
-        log_mass_B = top_B + hard_B.log()
-        if sharp_BN is not None:
-            sharp_B = sharp_BN.sum(dim=1)
-            log_mass_B = log_mass_B - sharp_B.log() + num_B.log()
-        log_mass_B = log_mass_B.masked_fill(num_B == 0, MASKED)
-        loss_B = torch.nn.functional.softplus(log_mass_B - target_B)
-        probability_B = torch.sigmoid(log_mass_B - target_B)
-        ctx.beta = beta
-        ctx.save_for_backward(
-            query_BD, target_rows_BD, negative_rows_ND, hard_BN, sharp_BN, hard_B, sharp_B, probability_B
-        )
+        form = _compiled if scores_BN.device.type == "cpu" and scores_BN.dtype == torch.float32 else _by_torch
+        loss_B, ctx.flow, kept = form(scores_BN, target_B, beta, ids, log_q_N, mask_N)
+        ctx.save_for_backward(query_BD, target_rows_BD, negative_rows_ND, *kept)
         return loss_B
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query_BD, target_BD, negative_ND, hard_BN, sharp_BN, hard_B, sharp_B, probability_B = (
-            ctx.saved_tensors
-        )
-        flow_B1 = (grads[0] * probability_B)[:, None]
-        scale_B1 = flow_B1 * (1 + ctx.beta) / hard_B[:, None]
-        if sharp_BN is None:
-            d_BN = hard_BN * scale_B1
-        else:
-            less_B1 = flow_B1 * ctx.beta / sharp_B[:, None]
-            if hard_BN is None:  # beta = 1: hard is sharp squared
-                d_BN = (sharp_BN * scale_B1).sub_(less_B1).mul_(sharp_BN)
-            else:
-                d_BN = (hard_BN * scale_B1).addcmul_(sharp_BN, less_B1, value=-1)
-        rows_dtype = negative_ND.dtype
-        grad_query_BD = d_BN @ negative_ND.to(d_BN.dtype) - flow_B1 * target_BD
-        grad_negative_ND = (d_BN.T @ query_BD.to(d_BN.dtype)).to(rows_dtype)
+        query_BD, target_BD, negative_ND, probability_B, *kept = ctx.saved_tensors
+        flow_B = grads[0] * probability_B
+        d_BN = ctx.flow(flow_B, *kept)
+        flow_B1 = flow_B[:, None]
+        grad_query_BD = torch.addcmul(d_BN @ negative_ND.to(d_BN.dtype), flow_B1, target_BD, value=-1)
+        grad_negative_ND = d_BN.T @ query_BD.to(d_BN.dtype)
         grad_target_BD = -flow_B1 * query_BD
         return (
             grad_query_BD.to(query_BD.dtype),
             grad_target_BD.to(target_BD.dtype),
-            grad_negative_ND,
+            grad_negative_ND.to(negative_ND.dtype),
             None,
             None,
             None,
             None,
             None,
         )
+
+
+Form = tuple[Tensor, Callable[..., Tensor], tuple[Tensor | None, ...]]
+"""Losses `[B]`; what makes the gradient of the scores from `grad of the loss x probability` and what was kept; and what
+to keep, first of all the probability of all negatives together `[B]`."""
+
+
+def _compiled(
+    scores_BN: Tensor,
+    target_B: Tensor,
+    beta: float,
+    ids: tuple[Tensor, Tensor] | None,
+    log_q_N: Tensor | None,
+    mask_N: Tensor | None,
+) -> Form:
+    """Losses on a CPU; the scores are overwritten."""
+    from distributed_mi.losses import kernels
+
+    loss_B, probability_B = torch.empty_like(target_B), torch.empty_like(target_B)
+    sums_2B = torch.empty((2, len(target_B)), dtype=torch.float64)
+    target_ids_B, negative_ids_N = (i.contiguous() for i in ids) if ids else _NO_IDS
+    log_q_N = _NO_LOG_Q if log_q_N is None else log_q_N.float().contiguous()
+    shared = (
+        negative_ids_N.numpy(),
+        log_q_N.numpy(),
+        (_NO_MASK if mask_N is None else mask_N.contiguous()).numpy(),
+    )
+    scores, target, out = scores_BN.numpy(), target_B.numpy(), (loss_B.numpy(), probability_B.numpy())
+    sums, target_ids = sums_2B.numpy(), target_ids_B.numpy()
+
+    def work(b: slice) -> None:
+        kernels.softmax_forward(
+            scores[b],
+            target[b],
+            target_ids[b],
+            *shared,
+            beta,
+            ids is not None,
+            *(o[b] for o in out),
+            sums[:, b],
+        )
+
+    map_slices(work, len(scores), scores.shape[1])
+
+    def flow(flow_B: Tensor, kept_BN: Tensor, sums_2B: Tensor) -> Tensor:
+        out_BN = torch.empty_like(kept_BN)
+        kept, flows, sums, out = kept_BN.numpy(), flow_B.numpy(), sums_2B.numpy(), out_BN.numpy()
+
+        def work(b: slice) -> None:
+            kernels.softmax_backward(kept[b], flows[b], sums[:, b], beta, out[b])
+
+        map_slices(work, len(kept), kept.shape[1])
+        return out_BN
+
+    return loss_B, flow, (probability_B, scores_BN, sums_2B)
+
+
+def _by_torch(
+    scores_BN: Tensor,
+    target_B: Tensor,
+    beta: float,
+    ids: tuple[Tensor, Tensor] | None,
+    log_q_N: Tensor | None,
+    mask_N: Tensor | None,
+) -> Form:
+    """Losses on any device, in float32 or float64."""
+    scores_BN = scores_BN if scores_BN.dtype == torch.float64 else scores_BN.float()
+    num_B = _mask(scores_BN, accidental_hits(*ids) if ids else None, log_q_N, mask_N)
+    top_B = scores_BN.amax(dim=1)
+    shifted_BN = scores_BN.sub_(top_B[:, None])
+    hard_BN: Tensor | None = None  # left out for beta = 1
+    sharp_BN: Tensor | None = None  # left out for beta = 0
+    sharp_B: Tensor | None = None
+    if beta == 0:
+        hard_BN = shifted_BN.exp_()
+        hard_B = hard_BN.sum(dim=1)
+    elif beta == 1:
+        sharp_BN = shifted_BN.exp_()
+        hard_B = sharp_BN.square().sum(dim=1)
+    else:
+        hard_BN = torch.exp(shifted_BN * (1 + beta))
+        hard_B = hard_BN.sum(dim=1)
+        sharp_BN = shifted_BN.mul_(beta).exp_()
+    # Of all negatives as one: log sum_j w_j exp(s_j) = max + log h - log a + log n.
+    log_mass_B = top_B + hard_B.log()
+    if sharp_BN is not None:
+        sharp_B = sharp_BN.sum(dim=1)
+        log_mass_B = log_mass_B - sharp_B.log() + num_B.log()
+    log_mass_B = log_mass_B.masked_fill(num_B == 0, MASKED)
+
+    def flow(
+        flow_B: Tensor,
+        hard_BN: Tensor | None,
+        sharp_BN: Tensor | None,
+        hard_B: Tensor,
+        sharp_B: Tensor | None,
+    ) -> Tensor:
+        scale_B1 = (flow_B * (1 + beta) / hard_B)[:, None]
+        if sharp_BN is None:
+            assert hard_BN is not None
+            return hard_BN * scale_B1
+        assert sharp_B is not None
+        less_B1 = (flow_B * beta / sharp_B)[:, None]
+        if hard_BN is None:  # beta = 1: hard is sharp squared
+            return (sharp_BN * scale_B1).sub_(less_B1).mul_(sharp_BN)
+        return (hard_BN * scale_B1).addcmul_(sharp_BN, less_B1, value=-1)
+
+    loss_B = torch.nn.functional.softplus(log_mass_B - target_B)
+    return loss_B, flow, (torch.sigmoid(log_mass_B - target_B), hard_BN, sharp_BN, hard_B, sharp_B)
 
 
 def _mask(

@@ -37,6 +37,8 @@ class HistoryBatch:
     mask_BL: Tensor
 
     def __post_init__(self) -> None:
+        if self.mask_BL.shape[1] and bool(self.mask_BL[:, -1].all()):
+            return
         empty = ~self.mask_BL.any(dim=1)
         if bool(empty.any()):
             raise InputError(f"history batch: row {int(empty.nonzero()[0])} has no real item")

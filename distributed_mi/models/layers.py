@@ -6,6 +6,7 @@ Shapes:  B users, L history (left-padded, newest item last), K interests, D widt
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -59,13 +60,20 @@ class AttentivePooling(nn.Module):
 
     def forward(self, rows_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Interests `[B, K, D]` and attention `[B, K, L]`, whose rows sum to 1 and are 0 on padding."""
-        if rows_BLD.device.type == "cpu" and not torch.is_autocast_enabled("cpu"):
-            scores_BLK = self._packed_scores(rows_BLD, mask_BL)
-        else:
-            rows_BLD = rows_BLD * mask_BL[:, :, None]
-            scores_BLK = self._scores(rows_BLD, mask_BL)
-        attention_BKL = torch.softmax(scores_BLK, dim=1).transpose(1, 2)
-        return (attention_BKL @ rows_BLD), attention_BKL
+        if self._can_be_packed(rows_BLD):
+            positions_LD = None if self.positions is None else self.positions(rows_BLD.shape[1])
+            packed: tuple[Tensor, Tensor] = _PackedPooling.apply(
+                rows_BLD, mask_BL, positions_LD, self.inner_DA, self.inner_bias_A, self.outer_AK
+            )
+            return packed
+        rows_BLD = rows_BLD * mask_BL[:, :, None]
+        attention_BKL = torch.softmax(self._scores(rows_BLD, mask_BL), dim=1).transpose(1, 2)
+        return attention_BKL @ rows_BLD, attention_BKL
+
+    def _can_be_packed(self, rows_BLD: Tensor) -> bool:
+        """Whether the compiled form can do it; on other devices the host would wait for the device to find places."""
+        plain = rows_BLD.device.type == "cpu" and rows_BLD.dtype == self.inner_DA.dtype == torch.float32
+        return plain and not torch.is_autocast_enabled("cpu")
 
     def _scores(self, rows_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Attention before the softmax, -inf on padding."""
@@ -76,70 +84,90 @@ class AttentivePooling(nn.Module):
         scores_BLK = (torch.tanh(hidden_BLA) @ self.outer_AK).float()
         return scores_BLK.masked_fill(~mask_BL[:, :, None], float("-inf"))
 
-    def _packed_scores(self, rows_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """The same from the real places alone: most places of a batch are padding (Beauty: 70% at L = 20).
 
-        For a CPU; elsewhere the host would wait for the device to find them.
-        """
-        batch, length, dim = rows_BLD.shape
-        places_P = mask_BL.reshape(-1).nonzero().flatten()
-        positions_LD = None if self.positions is None else self.positions(length)
-        scores_SK = _PackedScores.apply(
-            rows_BLD.reshape(batch * length, dim),
-            places_P,
-            places_P.remainder(length),
-            positions_LD,
-            self.inner_DA,
-            self.inner_bias_A,
-            self.outer_AK,
-        )
-        return scores_SK.view(batch, length, self.outer_AK.shape[1])
+class _PackedPooling(torch.autograd.Function):
+    """`AttentivePooling` from the real places alone, for a CPU; see `kernels`.
 
-
-class _PackedScores(torch.autograd.Function):
-    """`tanh((rows + positions) W1 + b) W2` at some places and -inf elsewhere, `[S, K]`, written out for a CPU.
-
-    Products with the K columns of W2 are taken transposed, which is four times faster for a K of a few; tanh comes from
-    the logistic function, which is three times faster and within 2e-7.
-
-    Shapes:  S places of a batch, P real ones, A inner width.
+    Products with the K columns of W2 are taken transposed, which is four times faster for a K of a few.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        rows_SD: Tensor,
-        places_P: Tensor,
-        slots_P: Tensor,
+        rows_BLD: Tensor,
+        mask_BL: Tensor,
         positions_LD: Tensor | None,
         inner_DA: Tensor,
         bias_A: Tensor | None,
         outer_AK: Tensor,
-    ) -> Tensor:
-        keys_PD = rows_SD.index_select(0, places_P)
-        if positions_LD is not None:
-            keys_PD += positions_LD.index_select(0, slots_P)
+    ) -> tuple[Tensor, Tensor]:
+        from distributed_mi.models import kernels
+
+        (batch, length, dim), num_interests = rows_BLD.shape, outer_AK.shape[1]
+        rows_BLD = rows_BLD.contiguous()
+        rows_SD, mask = rows_BLD.view(batch * length, dim).numpy(), mask_BL.contiguous().numpy()
+        places, starts = np.empty(np.count_nonzero(mask), np.int64), np.empty(batch + 1, np.int64)
+        keys = np.empty((len(places), dim), np.float32)
+        positions = _NONE if positions_LD is None else positions_LD.contiguous().numpy()
+        kernels.gather_keys(mask, rows_SD, positions, places, starts, keys)
+        keys_PD = torch.from_numpy(keys)
         hidden_PA = keys_PD @ inner_DA if bias_A is None else torch.addmm(bias_A, keys_PD, inner_DA)
-        hidden_PA.mul_(2).sigmoid_().mul_(2).sub_(1)
-        ctx.num_places, ctx.has_bias = len(rows_SD), bias_A is not None
-        ctx.window = None if positions_LD is None else len(positions_LD)
-        ctx.save_for_backward(places_P, slots_P, keys_PD, inner_DA, outer_AK, hidden_PA)
-        scores_SK = rows_SD.new_full((len(rows_SD), outer_AK.shape[1]), float("-inf"))
-        return scores_SK.index_copy_(0, places_P, (outer_AK.T @ hidden_PA.T).T)
+        kernels.tanh_in_place(hidden_PA.view(-1).numpy())
+        scores_KP = (outer_AK.T @ hidden_PA.T).numpy()
+        attention = np.zeros((batch, num_interests, length), np.float32)
+        interests = np.zeros((batch, num_interests, dim), np.float32)
+        kernels.pool_forward(scores_KP, rows_SD, places, starts, attention, interests)
+        attention_BKL, interests_BKD = torch.from_numpy(attention), torch.from_numpy(interests)
+        ctx.places, ctx.starts, ctx.has_bias = places, starts, bias_A is not None
+        ctx.has_positions = positions_LD is not None
+        ctx.save_for_backward(rows_BLD, attention_BKL, keys_PD, hidden_PA, inner_DA, outer_AK)
+        ctx.set_materialize_grads(False)
+        return interests_BKD, attention_BKL
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        places_P, slots_P, keys_PD, inner_DA, outer_AK, hidden_PA = ctx.saved_tensors
-        grad_PK = grads[0].index_select(0, places_P)
-        outer = (grad_PK.T @ hidden_PA).T
-        flow_PA = torch.ops.aten.tanh_backward(grad_PK @ outer_AK.T, hidden_PA)
-        bias = flow_PA.sum(dim=0) if ctx.has_bias else None
-        flow_PD = flow_PA @ inner_DA.T
-        rows = flow_PD.new_zeros((ctx.num_places, flow_PD.shape[1])).index_copy_(0, places_P, flow_PD)
-        positions = None
-        if ctx.window is not None:
-            positions = flow_PD.new_zeros((ctx.window, flow_PD.shape[1])).index_add_(0, slots_P, flow_PD)
-        return rows, None, None, positions, keys_PD.T @ flow_PA, bias, outer
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        from distributed_mi.models import kernels
+
+        rows_BLD, attention_BKL, keys_PD, hidden_PA, inner_DA, outer_AK = ctx.saved_tensors
+        (_, length, dim), (_, num_interests, _) = rows_BLD.shape, attention_BKL.shape
+        attention, rows_SD = attention_BKL.numpy(), rows_BLD.view(-1, dim).numpy()
+        grad_interests = np.zeros((*attention.shape[:2], dim), np.float32)
+        if grads[0] is not None:
+            grad_interests = grads[0].contiguous().numpy()
+        grad_attention = _NONE[None][:0] if grads[1] is None else grads[1].contiguous().numpy()
+        grad_scores = np.empty((num_interests, len(ctx.places)), np.float32)
+        grad_rows = np.zeros(rows_SD.shape, np.float32)
+        flow = np.empty(hidden_PA.shape, np.float32)
+        grad_bias = np.zeros(hidden_PA.shape[1], np.float32)
+        kernels.pool_backward(
+            grad_interests,
+            grad_attention,
+            attention,
+            rows_SD,
+            ctx.places,
+            ctx.starts,
+            outer_AK.T.contiguous().numpy(),
+            hidden_PA.numpy(),
+            grad_scores,
+            grad_rows,
+            flow,
+            grad_bias,
+        )
+        flow_PA = torch.from_numpy(flow)
+        grad_positions = np.zeros((length if ctx.has_positions else 0, dim), np.float32)
+        kernels.scatter_keys((flow_PA @ inner_DA.T).numpy(), ctx.places, grad_rows, grad_positions)
+        return (
+            torch.from_numpy(grad_rows).view(rows_BLD.shape),
+            None,
+            torch.from_numpy(grad_positions) if ctx.has_positions else None,
+            keys_PD.T @ flow_PA,
+            torch.from_numpy(grad_bias) if ctx.has_bias else None,
+            (torch.from_numpy(grad_scores) @ hidden_PA).T,
+        )
+
+
+_NONE = np.empty((0, 0), np.float32)
+"""Stands for a matrix that is not there."""
 
 
 class SelfAttention(nn.Module):

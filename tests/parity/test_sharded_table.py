@@ -4,6 +4,7 @@ Each launch of processes runs every case below and sends back what it measured; 
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distributed_mi.core.errors import InputError
+from distributed_mi.embeddings import gradients
 from distributed_mi.embeddings import optimizer as optimizer_module
 from distributed_mi.embeddings import topk as topk_module
 from distributed_mi.embeddings.checkpoint import load_table, save_table
@@ -476,6 +478,27 @@ def test_compiled_and_torch_forms_of_an_update_agree(name: str, monkeypatch: pyt
     monkeypatch.setattr(RowGradients, "compiled", False)
     for key, values in trained().items():
         torch.testing.assert_close(compiled[key], values, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("holds_padding", [True, False])
+def test_gradients_are_grouped_alike_by_counting_and_by_sorting(
+    holds_padding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for slots in (torch.randint(0, 40, (200,), generator=generator), torch.zeros(3, dtype=torch.int64)):
+        given = RowGradients(slots, torch.randn(len(slots), 4, generator=generator), 40, holds_padding)
+        found = []
+        for counted in (16, 0):
+            monkeypatch.setattr(gradients, "_COUNTED", counted)
+            slots_U, starts_P, order_N, _ = given.grouped()
+            places = [order_N[a:b].tolist() for a, b in pairwise(starts_P.tolist())]
+            found.append(dict(zip(slots_U.tolist(), places, strict=True)))
+        expected = {
+            s: (slots == s).nonzero().flatten().tolist()
+            for s in slots.unique().tolist()
+            if s or not holds_padding
+        }
+        assert found == [expected, expected]
 
 
 @pytest.mark.parametrize("all_rows", [True, False])

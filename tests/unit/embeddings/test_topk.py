@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from distributed_mi.core import threads
 from distributed_mi.core.errors import InputError
-from distributed_mi.embeddings import threads, topk, topk_shard
+from distributed_mi.embeddings import topk, topk_shard
 from distributed_mi.embeddings.table import LocalItemTable
 from distributed_mi.embeddings.topk import TopK, local_topk
 

@@ -8,20 +8,28 @@ from distributed_mi.models.layers import AttentivePooling
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("num_interests", [1, 3, 4])
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
 def test_packed_attention_has_values_and_gradients_of_the_padded_one(
-    bias: bool, positions: bool, monkeypatch: pytest.MonkeyPatch
+    bias: bool,
+    positions: bool,
+    num_interests: int,
+    used: tuple[bool, bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
-    pooling = AttentivePooling(6, 3, attention_dim=11, max_history=5, bias=bias, positions=positions)
+    pooling = AttentivePooling(
+        6, num_interests, attention_dim=11, max_history=5, bias=bias, positions=positions
+    )
     lengths = torch.tensor([1, 5, 2, 4])
     mask = torch.arange(5) >= 5 - lengths[:, None]
     rows = torch.randn(4, 5, 6, requires_grad=True)
     leaves = [rows, *pooling.parameters()]
-    weights = torch.randn(4, 3, 6), torch.randn(4, 3, 5)
+    weights = torch.randn(4, num_interests, 6), torch.randn(4, num_interests, 5)
 
     def run() -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
         found = pooling(rows, mask)
-        total = sum((x * w).sum() for x, w in zip(found, weights, strict=True))
+        total = sum((x * w).sum() for x, w, u in zip(found, weights, used, strict=True) if u)
         return list(found), torch.autograd.grad(total, leaves)
 
     packed = run()

@@ -1,0 +1,112 @@
+"""Compiled arithmetic of the losses against numpy in float64 and against the form for other devices."""
+
+import numpy as np
+import pytest
+import torch
+from numba import njit
+
+from distributed_mi.core import threads
+from distributed_mi.losses import sampled_softmax as module
+from distributed_mi.losses.sampled_softmax import sampled_softmax
+from distributed_mi.losses.vector_math import exp32, largest32
+
+
+@njit(fastmath={"contract"}, error_model="numpy")
+def exponentials(values_N):
+    out_N = np.empty_like(values_N)
+    for n in range(len(values_N)):
+        out_N[n] = exp32(values_N[n])
+    return out_N
+
+
+def test_exp_is_within_one_part_in_ten_million() -> None:
+    values = np.linspace(-87, 88, 1_000_003).astype(np.float32)
+    exact = np.exp(values.astype(np.float64))
+    assert np.abs(exponentials(values) / exact - 1).max() < 1.2e-7
+
+
+def test_exp_of_the_extremes() -> None:
+    values = np.array([0, -np.inf, np.inf, -1e30, 1e30, -88, 89], np.float32)
+    assert exponentials(values).tolist() == [1, 0, np.inf, 0, np.inf, 0, np.inf]
+    assert np.isnan(exponentials(np.array([np.nan], np.float32)))[0]
+
+
+def test_the_largest_of_numbers_of_both_signs_and_of_none() -> None:
+    generator = np.random.default_rng(0)
+    for size in (1, 7, 16, 33, 1_000):
+        for shift in (-5, 0, 5):
+            values = (generator.standard_normal(size) + shift).astype(np.float32)
+            assert largest32(values) == values.max()
+    assert largest32(np.array([-np.inf, -3e38, -1e-40], np.float32)) == np.float32(-1e-40)
+    assert largest32(np.empty(0, np.float32)) == -np.inf
+    assert np.isnan(largest32(np.array([1, np.nan, np.inf], np.float32)))
+
+
+def problem(users: int = 37, negatives: int = 151) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "query_BD": torch.randn(users, 8, generator=generator, requires_grad=True),
+        "target_rows_BD": torch.randn(users, 8, generator=generator, requires_grad=True),
+        "negative_rows_ND": torch.randn(negatives, 8, generator=generator, requires_grad=True),
+        "target_ids_B": torch.randint(1, 30, (users,), generator=generator),
+        "negative_ids_N": torch.randint(1, 30, (negatives,), generator=generator),
+        "target_log_q_B": torch.randn(users, generator=generator),
+    }
+
+
+def losses_and_gradients(values: dict[str, torch.Tensor], **options: object) -> list[torch.Tensor]:
+    losses = sampled_softmax(**values, **options)  # type: ignore[arg-type]
+    weights = torch.linspace(-1, 2, len(losses))
+    leaves = [values[n] for n in ("query_BD", "target_rows_BD", "negative_rows_ND")]
+    return [losses, *torch.autograd.grad((losses * weights).sum(), leaves)]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0, 2.5])
+@pytest.mark.parametrize("hits", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_compiled_and_torch_forms_agree(
+    beta: float, hits: bool, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = problem() | {"negative_log_q_N": torch.linspace(-3, -1, 151)}
+    options = {"beta": beta, "mask_accidental_hits": hits}
+    if masked:
+        options["negative_mask_N"] = torch.arange(151) % 3 != 1
+    compiled = losses_and_gradients(values, **options)
+    monkeypatch.setattr(module, "_compiled", module._by_torch)
+    torch.testing.assert_close(compiled, losses_and_gradients(values, **options), rtol=2e-5, atol=2e-6)
+
+
+def test_a_gradient_may_be_taken_twice() -> None:
+    values = problem()
+    losses = sampled_softmax(**values, beta=1.0)
+    query = values["query_BD"]
+    first = torch.autograd.grad(losses.sum(), query, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(losses.sum(), query)[0])
+
+
+def test_a_score_that_is_no_number_makes_a_loss_that_is_none() -> None:
+    values = problem()
+    query = values["query_BD"].detach().clone()
+    query[2, 0] = torch.nan
+    values["query_BD"] = query
+    losses = sampled_softmax(**values, beta=1.0)
+    assert losses.isnan().nonzero().flatten().tolist() == [2]
+
+
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = problem(users=64, negatives=500)
+    one = losses_and_gradients(values, beta=1.0)
+    monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1_000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for ours, theirs in zip(losses_and_gradients(values, beta=1.0), one, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_slices_cover_all_rows_once_and_errors_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found: list[slice] = []
+    threads.map_slices(found.append, 10, 1 << 20)
+    assert sorted(n for s in found for n in range(s.start, s.stop)) == list(range(10))
+    assert len(found) == 3
+    with pytest.raises(ZeroDivisionError):
+        threads.map_slices(lambda rows: 1 // (rows.start - rows.start), 10, 1 << 20)
