@@ -20,5 +20,5 @@ def stream(seed: int, name: str, *counters: int) -> np.random.Generator:
     """A generator for one place in one stream, for example `stream(seed, "negatives", step)`."""
     # Hashed as a whole: SeedSequence pads with zeros, so that it draws the same for [key, 5] and [key, 5, 0].
     place = f"{stream_key(seed, name)}:{':'.join(str(int(c)) for c in counters)}"
-    entropy = int.from_bytes(hashlib.sha256(place.encode()).digest(), "little")
+    entropy = np.frombuffer(hashlib.sha256(place.encode()).digest(), "<u4")
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distributed_mi.core.cpu import is_plain
+
 _COUNTED = 16
 """Rows of a table per gradient up to which a look at every row is faster than sorting."""
 
@@ -63,11 +65,6 @@ class RowGradients:
         starts_P, order_N = kernels.group_by_row(inverse_N.numpy(), len(slots_U))
         first = int(self.holds_padding and len(slots_U) > 0 and int(slots_U[0]) == 0)
         return slots_U.numpy()[first:], starts_P[first:], order_N, grads_ND
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is a float32 matrix that a compiled kernel can read where it lies."""
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
 
 
 def add_by_row(inverse_N: Tensor, grads_ND: Tensor, out_UD: Tensor) -> None:

@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
+from distributed_mi.core.cpu import is_plain
 from distributed_mi.core.errors import CheckpointError, InputError
-from distributed_mi.embeddings.gradients import RowGradients, is_plain
+from distributed_mi.embeddings.gradients import RowGradients
 from distributed_mi.embeddings.initial import normal_rows
 from distributed_mi.embeddings.optimizer import TableOptimizer, make_optimizer
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distributed_mi.core.threads import map_single_threaded
+from distributed_mi.core.cpu import map_single_threaded
 
 TILE_ROWS = 256
 """Rows scored at once by a thread."""

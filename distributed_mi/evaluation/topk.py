@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distributed_mi.core.cpu import map_single_threaded
 from distributed_mi.core.errors import StageError
 from distributed_mi.core.progress import Bar
-from distributed_mi.core.threads import map_single_threaded
 from distributed_mi.data.batches import share_bounds
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.topk import TopK

@@ -1,9 +1,10 @@
-"""The sampled softmax on a CPU, compiled: each user's scores are read while they are in the cache.
+"""Parts of losses on a CPU, compiled: each user's numbers are read while they are in the cache.
 
-The formulas are those of `sampled_softmax.py`, which also holds the form for other devices. torch's operations would
-pass over the `[B, N]` scores eleven times, forward and backward; here it is five.
+The formulas are those of `sampled_softmax.py`, `read_out.py` and `regularizers.py`, which also hold the form for other
+devices. torch's operations would pass over the `[B, N]` scores eleven times, forward and backward, here it is five; on
+the small matrices of the others it is the number of operations that costs.
 
-Shapes:  B users, N shared negatives.
+Shapes:  B users, N shared negatives, K interests, L positions, D width.
 """
 
 import numpy as np
@@ -182,3 +183,57 @@ def softmax_backward(kept_BN, flow_B, sums_2B, beta, out_BN):
             _squared_flow(kept_BN[b], hard, sharp, out_BN[b])
         else:
             _flow(kept_BN[b], f32(beta), hard, sharp, out_BN[b])
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+def _dot(one_D, other_D):
+    total = f32(0.0)
+    for d in range(len(one_D)):
+        total += one_D[d] * other_D[d]
+    return total
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def pick_closest(interests_BKD, target_rows_BD, best_B, query_BD):
+    """The interest with the largest inner product with the target, the first of equals; out: which, and its vector."""
+    for b in range(interests_BKD.shape[0]):
+        best, highest = 0, _dot(interests_BKD[b, 0], target_rows_BD[b])
+        for k in range(1, interests_BKD.shape[1]):
+            score = _dot(interests_BKD[b, k], target_rows_BD[b])
+            if score > highest:
+                best, highest = k, score
+        best_B[b] = best
+        query_BD[b] = interests_BKD[b, best]
+
+
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+def _sums(values_L):
+    total, squares = f32(0.0), f32(0.0)
+    for place in range(len(values_L)):
+        total += values_L[place]
+        squares += values_L[place] * values_L[place]
+    return total, squares
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def routing_forward(attention_BKL, dim, length, penalty_B, mean_BK, cost_BK):
+    """Penalty of each user; also out: mean attention and C of each interest."""
+    for b in range(attention_BKL.shape[0]):
+        penalty = f32(0.0)
+        for k in range(attention_BKL.shape[1]):
+            total, squares = _sums(attention_BKL[b, k])
+            mean = total / f32(length)
+            cost = (squares - mean * mean * f32(length)) / f32(dim)
+            mean_BK[b, k], cost_BK[b, k] = mean, cost
+            penalty += cost * cost
+        penalty_B[b] = penalty
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def routing_backward(attention_BKL, mean_BK, cost_BK, grad_B, dim, grad_BKL):
+    """Gradient of the attention."""
+    for b in range(attention_BKL.shape[0]):
+        for k in range(attention_BKL.shape[1]):
+            flow = f32(4.0) * grad_B[b] * cost_BK[b, k] / f32(dim)
+            for place in range(attention_BKL.shape[2]):
+                grad_BKL[b, k, place] = flow * (attention_BKL[b, k, place] - mean_BK[b, k])

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distributed_mi.core.cpu import is_plain
+
 ReadOut = Callable[[Tensor, Tensor], Tensor]
 """`(interests_BKD, target_rows_BD) -> [B, D]`."""
 
@@ -19,19 +21,27 @@ def hard_read_out(interests_BKD: Tensor, target_rows_BD: Tensor) -> Tensor:
     The choice is not differentiated: the other K - 1 interests get no gradient from this user. Ties go to the
     first.
     """
-    scores_BK = (interests_BKD.detach() @ target_rows_BD.detach()[:, :, None]).squeeze(2)
-    query_BD: Tensor = _Pick.apply(interests_BKD, scores_BK.argmax(dim=1))
+    query_BD: Tensor = _HardReadOut.apply(interests_BKD, target_rows_BD.detach())
     return query_BD
 
 
-class _Pick(torch.autograd.Function):
-    """One of each user's interests. Advanced indexing would add up its gradient as if a place could repeat."""
+class _HardReadOut(torch.autograd.Function):
+    """Its gradient is written out: advanced indexing would add it up as if a place could repeat."""
 
     @staticmethod
-    def forward(ctx: Any, interests_BKD: Tensor, best_B: Tensor) -> Tensor:
-        user_B = torch.arange(len(best_B), device=best_B.device)
-        ctx.shape, ctx.place = interests_BKD.shape, (user_B, best_B)
-        return interests_BKD[ctx.place]
+    def forward(ctx: Any, interests_BKD: Tensor, target_BD: Tensor) -> Tensor:
+        users_B = torch.arange(len(interests_BKD), device=interests_BKD.device)
+        if is_plain(interests_BKD) and is_plain(target_BD):
+            from distributed_mi.losses import kernels
+
+            best_B, query_BD = torch.empty_like(users_B), torch.empty_like(target_BD)
+            given = (x.numpy() for x in (interests_BKD, target_BD, best_B, query_BD))
+            kernels.pick_closest(*given)
+        else:
+            best_B = (interests_BKD @ target_BD[:, :, None]).squeeze(2).argmax(dim=1)
+            query_BD = interests_BKD[users_B, best_B]
+        ctx.shape, ctx.place = interests_BKD.shape, (users_B, best_B)
+        return query_BD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

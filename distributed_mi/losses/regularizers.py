@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distributed_mi.core.cpu import is_plain
+
 
 def routing_penalty(attention_BKL: Tensor, *, dim: int, num_positions: int | None = None) -> Tensor:
     """Penalty of each user, to be summed over the users of the step.
@@ -41,15 +43,32 @@ class _RoutingPenalty(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, attention_BKL: Tensor, dim: int, length: int) -> Tensor:
-        # sum_t (A - mean)^2 over `length` slots, of which those beyond the tensor hold 0.
-        mean_BK = attention_BKL.sum(dim=2) / length
-        cost_BK = (attention_BKL.square().sum(dim=2) - mean_BK.square() * length) / dim
-        ctx.save_for_backward(attention_BKL, mean_BK, cost_BK)
         ctx.dim = dim
-        return cost_BK.square().sum(dim=1)
+        ctx.compiled = is_plain(attention_BKL)
+        if ctx.compiled:
+            from distributed_mi.losses import kernels
+
+            penalty_B = attention_BKL.new_empty(len(attention_BKL))
+            mean_BK, cost_BK = attention_BKL.new_empty((2, *attention_BKL.shape[:2]))
+            out = (penalty_B.numpy(), mean_BK.numpy(), cost_BK.numpy())
+            kernels.routing_forward(attention_BKL.numpy(), dim, length, *out)
+        else:
+            # sum_t (A - mean)^2 over `length` slots, of which those beyond the tensor hold 0.
+            mean_BK = attention_BKL.sum(dim=2) / length
+            cost_BK = (attention_BKL.square().sum(dim=2) - mean_BK.square() * length) / dim
+            penalty_B = cost_BK.square().sum(dim=1)
+        ctx.save_for_backward(attention_BKL, mean_BK, cost_BK)
+        return penalty_B
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         attention_BKL, mean_BK, cost_BK = ctx.saved_tensors
+        if ctx.compiled:
+            from distributed_mi.losses import kernels
+
+            grad_BKL = torch.empty_like(attention_BKL)
+            saved = (x.numpy() for x in (attention_BKL, mean_BK, cost_BK, grads[0].contiguous()))
+            kernels.routing_backward(*saved, ctx.dim, grad_BKL.numpy())
+            return grad_BKL, None, None
         flow_BK = (4 / ctx.dim) * grads[0][:, None] * cost_BK
         return (attention_BKL - mean_BK[:, :, None]) * flow_BK[:, :, None], None, None

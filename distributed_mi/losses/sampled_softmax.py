@@ -33,7 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distributed_mi.core.threads import map_slices
+from distributed_mi.core.cpu import map_slices
 
 MASKED = -1e30
 """Score of a negative that does not count; finite, so that a row with nothing else has no NaN in its gradient."""

@@ -157,9 +157,23 @@ class LossTerms:
 
     def parts(self, num_users_per_step: int) -> Tensor:
         """This worker's part of each term, `[num_terms]`, those of `mean` first."""
-        parts = [v.sum() / num_users_per_step for v in self.mean.values()]
-        parts += [v.sum() for v in self.sum.values()]
-        return torch.stack([part.float() for part in parts])
+        divisors = [float(num_users_per_step)] * len(self.mean) + [1.0] * len(self.sum)
+        parts: Tensor = _Parts.apply(divisors, *self.mean.values(), *self.sum.values())
+        return parts
+
+
+class _Parts(torch.autograd.Function):
+    """Sums of several tensors, each divided by a number; one node of the graph instead of three a term."""
+
+    @staticmethod
+    def forward(ctx: Any, divisors: list[float], *values: Tensor) -> Tensor:
+        ctx.divisors, ctx.like = divisors, [(v.shape, v.dtype) for v in values]
+        return torch.stack([v.sum().float() / d for v, d in zip(values, divisors, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        flows = zip(grads[0].unbind(), ctx.divisors, ctx.like, strict=True)
+        return None, *((flow / d).to(dtype).expand(shape) for flow, d, (shape, dtype) in flows)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from distributed_mi.core import threads
+from distributed_mi.core import cpu
 from distributed_mi.core.errors import InputError
 from distributed_mi.embeddings import topk, topk_shard
 from distributed_mi.embeddings.table import LocalItemTable
@@ -200,9 +200,9 @@ def test_the_number_of_threads_changes_no_bit_and_is_left_as_it_was(count: int) 
 
 def test_pieces_run_on_one_thread_each_and_an_error_comes_out() -> None:
     before = torch.get_num_threads()
-    assert threads.map_single_threaded(lambda _: torch.get_num_threads(), range(5)) == [1] * 5
+    assert cpu.map_single_threaded(lambda _: torch.get_num_threads(), range(5)) == [1] * 5
     with pytest.raises(ZeroDivisionError):
-        threads.map_single_threaded(lambda x: 1 // x, [1, 0])
+        cpu.map_single_threaded(lambda x: 1 // x, [1, 0])
     assert torch.get_num_threads() == before
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from numba import njit
 
-from distributed_mi.core import threads
+from distributed_mi.core import cpu
 from distributed_mi.losses import sampled_softmax as module
 from distributed_mi.losses.sampled_softmax import sampled_softmax
 from distributed_mi.losses.vector_math import exp32, largest32
@@ -96,7 +96,7 @@ def test_a_score_that_is_no_number_makes_a_loss_that_is_none() -> None:
 def test_any_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     values = problem(users=64, negatives=500)
     one = losses_and_gradients(values, beta=1.0)
-    monkeypatch.setattr(threads, "_WORTH_A_THREAD", 1_000)
+    monkeypatch.setattr(cpu, "_WORTH_A_THREAD", 1_000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for ours, theirs in zip(losses_and_gradients(values, beta=1.0), one, strict=True):
         assert torch.equal(ours, theirs)
@@ -105,8 +105,8 @@ def test_any_number_of_threads_gives_the_same_bits(monkeypatch: pytest.MonkeyPat
 def test_slices_cover_all_rows_once_and_errors_arrive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     found: list[slice] = []
-    threads.map_slices(found.append, 10, 1 << 20)
+    cpu.map_slices(found.append, 10, 1 << 20)
     assert sorted(n for s in found for n in range(s.start, s.stop)) == list(range(10))
     assert len(found) == 3
     with pytest.raises(ZeroDivisionError):
-        threads.map_slices(lambda rows: 1 // (rows.start - rows.start), 10, 1 << 20)
+        cpu.map_slices(lambda rows: 1 // (rows.start - rows.start), 10, 1 << 20)

@@ -1,4 +1,4 @@
-"""Work cut into independent pieces, each done on one core.
+"""Work on a CPU: cut into independent pieces, each done on one core, and what compiled kernels can read.
 
 Operations on small blocks that are spread over threads meet at a barrier after each of them. Pieces of their own need
 no barrier, and a matrix product on one thread gives the same bits whatever the number of threads of the process.
@@ -6,7 +6,10 @@ no barrier, and a matrix product on one thread gives the same bits whatever the 
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
@@ -44,3 +47,10 @@ def map_slices(work: Callable[[slice], None], rows: int, numbers_per_row: int) -
     cuts = [rows * i // threads for i in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(work, map(slice, cuts, cuts[1:])))
+
+
+def is_plain(tensor: "Tensor") -> bool:
+    """Whether a tensor is a float32 one that a compiled kernel can read where it lies."""
+    import torch
+
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.is_contiguous()
