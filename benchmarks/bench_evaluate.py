@@ -54,7 +54,7 @@ METRICS = ("recall@50", "hit_rate@50", "ndcg_hits@50")
 
 def evaluate(model: Recommender, cases: Cases, length: int = 50) -> dict[str, float | None]:
     """Lists and metrics of all users in this process."""
-    ranked = rank_share(model, cases, WorkerGroup.alone(), length=length, users_per_batch=1024)
+    ranked = rank_share(model, cases, WorkerGroup.alone(), length=length, users_per_batch=4096)
     num_items = model.items.num_rows - 1
     catalogue = CatalogueInfo(num_items, np.full(num_items + 1, -1, dtype=np.int64))
     return scoring.score(RankedLists(ranked, *cases.labels, catalogue), METRICS).values

@@ -1,9 +1,10 @@
 """Selection and exact scoring of top-k candidates, compiled.
 
-A tile of approximate scores is read once: chunks without a score at the user's threshold are passed over, the few
-others give candidates. Candidates wait in a buffer; when it is full, those below the threshold that has risen since
-are thrown out, and where that is not enough (many ties) the buffer is scored exactly and cut to its k best. Scores in
-the end are exact ones only, so they depend on nothing but the user's interests and the item's row.
+A tile of approximate scores, float32 or bfloat16, is read once, as whole numbers in the order of the scores: chunks
+without a score at the user's threshold are passed over, the few others give candidates. Candidates wait in a buffer;
+when it is full, the k-th best in it raises the threshold and those below are thrown out, and where that is not enough
+(many ties) the buffer is scored exactly and cut to its k best. Scores in the end are exact ones only, so they depend on
+nothing but the user's interests and the item's row.
 
 The kernels release the interpreter's lock; each thread has users of its own.
 
@@ -13,41 +14,96 @@ Shapes:  B users, K interests, R rows held, t rows of a tile, D width, C places 
 import numpy as np
 from numba import njit
 
-_CHUNK = 32
+from distributed_mi.core.vector_math import bits_of_float, fetch_to_read, float_of_bits, ordered32
+
+_CHUNK = 64
 """Scores of one interest that are compared with the threshold at once."""
+_AHEAD = 4
+"""Candidates between asking for a row and scoring it."""
+_COARSE = np.float32(1.02 * 2.0**-7)
+"""Two scores rounded to bfloat16, by half a unit in the eighth bit each."""
 _BITS = 62
 """Interests that have a bit of their own in a candidate's mark; later ones share the last."""
 
 
 @njit(nogil=True, cache=True, fastmath={"reassoc", "contract"})
-def largest_norm(weight_RD):
-    """Largest Euclidean norm of the rows, float64; NaN when a row is not finite."""
-    largest = 0.0
+def _squares(row_D):
+    """Sum of squares, float64."""
+    total = 0.0
+    for d in range(len(row_D)):
+        total += np.float64(row_D[d]) * np.float64(row_D[d])
+    return total
+
+
+@njit(nogil=True, cache=True, fastmath={"contract"})
+def _take_rests(row_D, rests_D):
+    """What rounding to bfloat16 takes from each number."""
+    for d in range(len(row_D)):
+        bits = bits_of_float(row_D[d])
+        near = (bits + np.int32(0x7FFF) + ((bits >> np.int32(16)) & np.int32(1))) & np.int32(-0x10000)
+        rests_D[d] = row_D[d] - float_of_bits(np.int32(near))
+
+
+@njit(nogil=True, cache=True)
+def largest_norms(weight_RD):
+    """Largest Euclidean norm of the rows and of their rests, float64; NaN when a row is not finite."""
+    largest, largest_rest = 0.0, 0.0
+    rests_D = np.empty(weight_RD.shape[1], np.float32)
     for row in range(len(weight_RD)):
-        total = 0.0
-        for d in range(weight_RD.shape[1]):
-            total += np.float64(weight_RD[row, d]) * np.float64(weight_RD[row, d])
-        if not total <= np.finfo(np.float64).max:
-            return np.nan
-        largest = max(largest, total)
-    return np.sqrt(largest)
+        squares = _squares(weight_RD[row])
+        if not squares <= np.finfo(np.float64).max:
+            return np.nan, np.nan
+        largest = max(largest, squares)
+        _take_rests(weight_RD[row], rests_D)
+        largest_rest = max(largest_rest, _squares(rests_D))
+    return np.sqrt(largest), np.sqrt(largest_rest)
+
+
+# Loops over a tile are functions of their own, because LLVM makes vector instructions of such only. A key is the bits
+# of a score with those below the sign turned over where it is negative: int16 of bfloat16, int32 of float32.
 
 
 @njit(nogil=True, cache=True)
-def _raise(best_t, scores_t):
-    """Larger of two scores at each place; a loop of its own, because LLVM makes vector instructions of such only."""
-    for place in range(len(best_t)):
-        value, other = best_t[place], scores_t[place]
-        best_t[place] = value if value > other else other
+def _take_keys(bits_t, keys_t):
+    """Keys of one interest's scores."""
+    below = np.iinfo(keys_t.dtype).max
+    for place in range(len(keys_t)):
+        bits = bits_t[place]
+        keys_t[place] = bits ^ below if bits < 0 else bits
 
 
 @njit(nogil=True, cache=True)
-def _reaches(best_t, threshold):
-    """How many scores are not below a threshold; vector instructions again."""
+def _raise(bits_t, keys_t):
+    """Larger of two scores at each place, as keys."""
+    below = np.iinfo(keys_t.dtype).max
+    for place in range(len(keys_t)):
+        bits = bits_t[place]
+        key = keys_t.dtype.type(bits ^ below if bits < 0 else bits)
+        other = keys_t[place]
+        keys_t[place] = other if other > key else key
+
+
+@njit(nogil=True, cache=True)
+def _reaches(keys_t, threshold):
+    """How many keys are not below a threshold."""
     count = np.int32(0)
-    for place in range(len(best_t)):
-        count += np.int32(not best_t[place] < threshold)
+    for place in range(len(keys_t)):
+        count += np.int32(keys_t[place] >= threshold)
     return count
+
+
+@njit(nogil=True, cache=True)
+def _threshold_key(score, lowest, drop):
+    """A key that every score from `score` on reaches; of bfloat16 also the one just below may. NaN: all reach it."""
+    if not score > -np.inf:
+        return lowest
+    # The key of -0.0 is below that of 0.0, which is no better.
+    return ordered32(bits_of_float(score if score != 0.0 else np.float32(-0.0))) >> drop
+
+
+@njit(inline="always")
+def _score_of_key(key, sign, below, drop):
+    return float_of_bits(np.int32((key ^ ((key >> sign) & below)) << drop))
 
 
 @njit(nogil=True, cache=True)
@@ -85,20 +141,22 @@ def _is_seen(seen_M, low, high, item):
 
 
 @njit(nogil=True, cache=True)
-def _replace_smallest(heap_k, value):
-    """Put a value in the place of the smallest of a heap."""
-    place, size = 0, len(heap_k)
-    while True:
-        child = 2 * place + 1
-        if child >= size:
-            break
-        if child + 1 < size and heap_k[child + 1] < heap_k[child]:
-            child += 1
-        if heap_k[child] >= value:
-            break
-        heap_k[place] = heap_k[child]
-        place = child
-    heap_k[place] = value
+def _kth_largest_key(keys_n, k, bits):
+    """The k-th largest of at least k keys: bit by bit, the largest number that k of them reach."""
+    found = np.int32(-1) << np.int32(bits - 1)
+    for bit in range(bits - 1, -1, -1):
+        trial = np.int32(found + (np.int32(1) << np.int32(bit)))
+        if _reaches(keys_n, trial) >= k:
+            found = trial
+    return found
+
+
+@njit(nogil=True, cache=True)
+def _kth_largest(scores_n, k):
+    """The k-th largest of at least k scores."""
+    keys_n = np.empty(len(scores_n), np.int32)
+    _take_keys(scores_n.view(np.int32), keys_n)
+    return float_of_bits(ordered32(_kth_largest_key(keys_n, k, 32)))
 
 
 @njit(nogil=True, cache=True)
@@ -118,6 +176,8 @@ def _settle(query_KD, weight_RD, ids_R, slots_C, scores_C, marks_C, count, k):
     """Score the candidates exactly and keep the k best, in order. Returns how many are left."""
     keys, bits_C = np.empty(count, np.int64), scores_C.view(np.int32)
     for c in range(count):
+        if c + _AHEAD < count:
+            fetch_to_read(weight_RD, slots_C[c + _AHEAD])
         if marks_C[c] > 0:
             score, interest = _score(query_KD, weight_RD[slots_C[c]], marks_C[c])
             scores_C[c], marks_C[c] = score, -1 - interest
@@ -130,33 +190,85 @@ def _settle(query_KD, weight_RD, ids_R, slots_C, scores_C, marks_C, count, k):
     return left
 
 
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
+def _near_dot(query_D, row_D):
+    """Inner product in float32, added up in any order."""
+    total = np.float32(0.0)
+    for d in range(len(query_D)):
+        total += query_D[d] * row_D[d]
+    return total
+
+
 @njit(nogil=True, cache=True)
-def _make_room(heap_k, margin, query_KD, weight_RD, ids_R, slots_C, scores_C, marks_C, count):
-    """Throw out candidates that cannot be among the k best. Returns how many are left: at most half a buffer."""
-    threshold = heap_k[0] - margin
+def _refine(query_KD, weight_RD, slots_C, scores_C, marks_C, count, margin):
+    """Approximate scores anew, in float32; `margin` is twice the error of these."""
+    interests = len(query_KD)
+    for c in range(count):
+        if c + _AHEAD < count:
+            fetch_to_read(weight_RD, slots_C[c + _AHEAD])
+        if marks_C[c] <= 0:
+            continue
+        row_D, mark = weight_RD[slots_C[c]], marks_C[c]
+        best, near = np.float32(-np.inf), np.int64(0)
+        for interest in range(interests):
+            bit = np.int64(1) << min(interest, _BITS - 1)
+            if mark & bit:
+                score = _near_dot(query_KD[interest], row_D)
+                if score - margin > best:  # none of the earlier ones can give the score
+                    near = np.int64(0)
+                if score >= best - margin:
+                    near |= bit
+                best = max(best, score)
+        scores_C[c], marks_C[c] = best, near
+
+
+@njit(inline="always")
+def _below(score, margin, coarse):
+    """A score that everything reaches that may be at least as good as `score`, an approximation too."""
+    return np.float32(score - margin - coarse * (abs(score) + margin))
+
+
+@njit(nogil=True, cache=True)
+def _make_room(k, margin, coarse, query_KD, weight_RD, ids_R, slots_C, scores_C, marks_C, count):
+    """Throw out candidates that cannot be among the k best.
+
+    Returns how many are left, at most half a buffer, and the score that a new candidate must reach.
+    """
+    if count < k or margin == np.inf:
+        threshold = np.float32(-np.inf)
+    else:
+        threshold = _below(_kth_largest(scores_C[:count], k), margin, coarse)
     left = 0
     for c in range(count):
         if not scores_C[c] < threshold:
             slots_C[left], scores_C[left], marks_C[left] = slots_C[c], scores_C[c], marks_C[c]
             left += 1
     if 2 * left > len(slots_C):
-        left = _settle(query_KD, weight_RD, ids_R, slots_C, scores_C, marks_C, left, len(heap_k))
-    return left
+        left = _settle(query_KD, weight_RD, ids_R, slots_C, scores_C, marks_C, left, k)
+        if left == k:
+            threshold = max(threshold, _below(scores_C[k - 1], margin, coarse))
+    return left, threshold
 
 
 @njit(nogil=True, cache=True)
-def _mark(scores_Kt, place, threshold):
-    """A bit for each interest whose approximate score is not below a threshold."""
+def _mark(bits_Kt, place, sign, below, threshold):
+    """A bit for each interest whose approximate score reaches a threshold."""
     mark = 0
-    for interest in range(len(scores_Kt)):
-        if not scores_Kt[interest, place] < threshold:
+    for interest in range(len(bits_Kt)):
+        bits = np.int64(bits_Kt[interest, place])
+        if bits ^ ((bits >> sign) & below) >= threshold:
             mark |= 1 << min(interest, _BITS - 1)
     return mark
 
 
+@njit(inline="always")
+def _is_power_of_two(number):
+    return number & (number - 1) == 0
+
+
 @njit(nogil=True, cache=True)
 def scan_tile(
-    scores_BKt,
+    bits_BKt,
     first_slot,
     weight_RD,
     ids_R,
@@ -164,7 +276,8 @@ def scan_tile(
     margins_B,
     seen_starts_B1,
     seen_M,
-    heaps_Bk,
+    k,
+    thresholds_B,
     slots_BC,
     approximate_BC,
     marks_BC,
@@ -173,48 +286,63 @@ def scan_tile(
     """Take the candidates of a tile into the users' buffers.
 
     Args:
-        scores_BKt: float32, approximate scores.
+        bits_BKt: bits of the approximate scores, int32 of float32 or int16 of bfloat16.
         first_slot: place of the tile's first row among the rows held.
         weight_RD: float32.
         ids_R: int64; id 0 is padding.
         interests_BKD: float32.
-        margins_B: float32; an item whose approximate score is this far below the k-th best one cannot be among the
-            k best. Infinite: nothing is known, all items are candidates. 0: all scores are 0, and the ids ascend.
+        margins_B: float32; an item whose approximate score, before it was rounded to bfloat16, is this far below the
+            k-th best one cannot be among the k best. Infinite: nothing is known, all items are candidates. 0: all
+            scores are 0, and the ids ascend.
         seen_starts_B1: int64, where each user's seen ids begin.
         seen_M: int64, ascending for each user.
-        heaps_Bk: float32, heap of the k best approximate scores so far; -inf at first.
+        k: length of the lists.
+        thresholds_B: float32, approximate score that a candidate must reach; -inf at first.
         slots_BC: int64, rows of the candidates; C at least 2 k + 2.
         approximate_BC: float32, their scores.
         marks_BC: int64; above 0 a bit for each interest that may give the score, below 0 the score is exact and
             `-1 - mark` gives it.
         counts_B: int64, candidates in each buffer; 0 at first.
     """
-    users, interests, rows = scores_BKt.shape
+    users, interests, rows = bits_BKt.shape
+    coarse = _COARSE if bits_BKt.itemsize == 2 else np.float32(0.0)
     capacity = slots_BC.shape[1]
-    best_t = np.empty(rows, np.float32)
+    keys_t, places_c = np.empty(rows, bits_BKt.dtype), np.empty(_CHUNK, np.int64)
+    drop = np.int32(32 - 8 * bits_BKt.itemsize)
+    sign, below, lowest = np.int32(31) - drop, np.int32(0x7FFFFFFF) >> drop, np.int32(-0x80000000) >> drop
     for b in range(users):
-        margin, heap_k, scores_Kt = margins_B[b], heaps_Bk[b], scores_BKt[b]
-        count = counts_B[b]
-        threshold = heap_k[0] - margin
-        best_t[:] = scores_Kt[0]
+        margin, bits_Kt, count = margins_B[b], bits_BKt[b], counts_B[b]
+        _take_keys(bits_Kt[0], keys_t)
         for interest in range(1, interests):
-            _raise(best_t, scores_Kt[interest])
+            _raise(bits_Kt[interest], keys_t)
+        if thresholds_B[b] == -np.inf and margin < np.inf:
+            # Among the best of this tile may be padding and what the user has seen.
+            enough = k + 1 + seen_starts_B1[b + 1] - seen_starts_B1[b]
+            if enough <= rows:
+                key = _kth_largest_key(keys_t, enough, 8 * keys_t.itemsize)
+                thresholds_B[b] = _below(_score_of_key(key, sign, below, drop), margin, coarse)
+        threshold = _threshold_key(thresholds_B[b], lowest, drop)
         for start in range(0, rows, _CHUNK):
             stop = min(start + _CHUNK, rows)
-            if _reaches(best_t[start:stop], threshold) == 0:
+            if _reaches(keys_t[start:stop], threshold) == 0:
                 continue
+            hits = 0
             for place in range(start, stop):
-                score = best_t[place]
-                if score < threshold:
+                places_c[hits] = place
+                hits += keys_t[place] >= threshold
+            for place in places_c[:hits]:
+                key = np.int32(keys_t[place])
+                if key < threshold:  # it has risen since
                     continue
                 slot = first_slot + place
                 item = ids_R[slot]
                 if item == 0 or _is_seen(seen_M, seen_starts_B1[b], seen_starts_B1[b + 1], item):
                     continue
                 if count == capacity:
-                    count = _make_room(
-                        heap_k,
+                    count, thresholds_B[b] = _make_room(
+                        k,
                         margin,
+                        coarse,
                         interests_BKD[b],
                         weight_RD,
                         ids_R,
@@ -223,14 +351,30 @@ def scan_tile(
                         marks_BC[b],
                         count,
                     )
-                if margin == 0.0 and count >= len(heap_k):  # all items tie, and these have the smallest ids
+                    threshold = _threshold_key(thresholds_B[b], lowest, drop)
+                if margin == 0.0 and count >= k:  # all items tie, and these have the smallest ids
                     break
+                score = _score_of_key(key, sign, below, drop)
                 slots_BC[b, count], approximate_BC[b, count] = slot, score
-                marks_BC[b, count] = _mark(scores_Kt, place, score - margin)
+                marks_BC[b, count] = _mark(
+                    bits_Kt, place, sign, below, _threshold_key(_below(score, margin, coarse), lowest, drop)
+                )
                 count += 1
-                if score > heap_k[0]:
-                    _replace_smallest(heap_k, score)
-                    threshold = heap_k[0] - margin
+        if count > k and _is_power_of_two(
+            first_slot // rows + 1
+        ):  # a higher threshold for as many tiles again
+            count, thresholds_B[b] = _make_room(
+                k,
+                margin,
+                coarse,
+                interests_BKD[b],
+                weight_RD,
+                ids_R,
+                slots_BC[b],
+                approximate_BC[b],
+                marks_BC[b],
+                count,
+            )
         counts_B[b] = count
 
 
@@ -240,7 +384,7 @@ def finish(
     ids_R,
     interests_BKD,
     margins_B,
-    heaps_Bk,
+    fine_margins_B,
     slots_BC,
     approximate_BC,
     marks_BC,
@@ -256,7 +400,7 @@ def finish(
         ids_R: see there.
         interests_BKD: see there.
         margins_B: see there.
-        heaps_Bk: see there.
+        fine_margins_B: float32, the same for scores approximated in float32.
         slots_BC: see there.
         approximate_BC: see there.
         marks_BC: see there.
@@ -265,20 +409,19 @@ def finish(
         found_Bk: int64, receives the ids.
         chosen_Bk: int64, receives the interests.
     """
-    k = heaps_Bk.shape[1]
+    k = scores_Bk.shape[1]
     for b in range(len(counts_B)):
-        slots_C, scores_C, marks_C = slots_BC[b], approximate_BC[b], marks_BC[b]
-        count = _make_room(
-            heaps_Bk[b],
-            margins_B[b],
-            interests_BKD[b],
-            weight_RD,
-            ids_R,
-            slots_C,
-            scores_C,
-            marks_C,
-            counts_B[b],
+        slots_C, scores_C, marks_C, query_KD = slots_BC[b], approximate_BC[b], marks_BC[b], interests_BKD[b]
+        count, margin = counts_B[b], margins_B[b]
+        if fine_margins_B[b] < margin:
+            count, _ = _make_room(
+                k, margin, _COARSE, query_KD, weight_RD, ids_R, slots_C, scores_C, marks_C, count
+            )
+            margin = fine_margins_B[b]
+            _refine(query_KD, weight_RD, slots_C, scores_C, marks_C, count, margin)
+        count, _ = _make_room(
+            k, margin, np.float32(0.0), query_KD, weight_RD, ids_R, slots_C, scores_C, marks_C, count
         )
-        count = _settle(interests_BKD[b], weight_RD, ids_R, slots_C, scores_C, marks_C, count, k)
+        count = _settle(query_KD, weight_RD, ids_R, slots_C, scores_C, marks_C, count, k)
         for c in range(count):
             scores_Bk[b, c], found_Bk[b, c], chosen_Bk[b, c] = scores_C[c], ids_R[slots_C[c]], -1 - marks_C[c]

@@ -66,7 +66,7 @@ class EvaluateConfig(ConfigModel):
     num_workers: PositiveInt | None = runtime(None)
     """Workers that rank. None: this process alone when the item table takes less than 64 MiB, because starting workers
     would take longer than ranking; else `scaling.num_workers`."""
-    users_per_batch: PositiveInt = runtime(1024)
+    users_per_batch: PositiveInt = runtime(4096)
     """Users that a worker ranks at once, rounded up to a multiple of 64; the lists do not depend on it."""
 
     @field_validator("metrics")

@@ -36,7 +36,7 @@ class Validator:
     workspace_url: str
     max_history: int
     metrics: tuple[str, ...] = DEFAULT_METRICS
-    users_per_batch: int = 1024
+    users_per_batch: int = 4096
     split: str = "validation"
 
     def __call__(self, model: Recommender, group: WorkerGroup) -> dict[str, float]:
@@ -69,7 +69,7 @@ def make_validator(
     workspace_url: str,
     max_history: int,
     metrics: Sequence[str] = DEFAULT_METRICS,
-    users_per_batch: int = 1024,
+    users_per_batch: int = 4096,
 ) -> Validator:
     """The validation function of a workspace; see `Validator`.
 

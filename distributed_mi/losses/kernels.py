@@ -10,7 +10,7 @@ Shapes:  B users, N shared negatives, K interests, L positions, D width.
 import numpy as np
 from numba import njit
 
-from distributed_mi.losses.vector_math import exp32, f32, largest32
+from distributed_mi.core.vector_math import exp32, f32, largest32
 
 _MASKED = f32(-1e30)
 

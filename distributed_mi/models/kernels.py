@@ -9,7 +9,7 @@ Shapes:  B users, L history, S = B L places of which P are real, K interests, D 
 import numpy as np
 from numba import njit
 
-from distributed_mi.losses.vector_math import exp32, f32
+from distributed_mi.core.vector_math import exp32, f32
 
 _FAST = {"contract", "reassoc"}
 

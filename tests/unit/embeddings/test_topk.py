@@ -1,6 +1,7 @@
 """Exact top-k of an item table against brute force in numpy, on data made to break it, bit for bit.
 
-Every property is asked of both ways to search a shard: compiled, and by operations of torch.
+Every property is asked of all ways to search a shard: compiled with approximations in float32 and in bfloat16, and by
+operations of torch.
 """
 
 import math
@@ -58,11 +59,16 @@ def same(a: TopK, b: TopK) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+WAYS = ("compiled, float32", "compiled, bfloat16", "torch")
+
+
 @contextmanager
-def way(compiled: bool, **sizes: int) -> Iterator[None]:
-    """Search shards in one of the two ways, with other constants of `topk_shard`."""
+def way(name: str, **sizes: int) -> Iterator[None]:
+    """Search shards in one of the ways, with other constants of `topk_shard`."""
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
     with ExitStack() as stack:
-        stack.enter_context(patch.object(topk_shard, "_is_compiled", lambda weight: compiled))
+        stack.enter_context(patch.object(topk_shard, "_is_compiled", lambda weight: name != "torch"))
+        stack.enter_context(patch.object(topk_shard, "_approximate_dtype", lambda: dtype))
         for name, value in sizes.items():
             stack.enter_context(patch.object(topk_shard, name, value))
         yield
@@ -109,36 +115,34 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int, Tensor | Non
     return torch.from_numpy(weight), torch.from_numpy(ids), torch.from_numpy(queries), k, seen
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("how", WAYS)
 @QUICK
 @given(
     problems(), st.sampled_from([1, 7, 64, 1024]), st.sampled_from([1, 5, 256]), st.sampled_from([2, 5, 192]),
     st.sampled_from([0, 1, 64]),
 )  # fmt: skip
 def test_equals_brute_force(
-    compiled: bool, problem, tile_rows: int, tile_queries: int, room: int, spare: int
+    how: str, problem, tile_rows: int, tile_queries: int, room: int, spare: int
 ) -> None:
     expected = brute_force(*problem)
     with way(
-        compiled, TILE_ROWS=tile_rows, TILE_QUERIES=tile_queries, DEVICE_TILE_ROWS=tile_rows,
+        how, TILE_ROWS=tile_rows, TILE_QUERIES=tile_queries, DEVICE_TILE_ROWS=tile_rows,
         DEVICE_TILE_QUERIES=tile_queries, _ROOM=room, _SPARE=spare,
     ):  # fmt: skip
         found = local_topk(*problem)
     assert same(found, expected)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("how", WAYS)
 @QUICK
 @given(problems(), st.integers(1, 6), st.integers(1, 4), st.data())
-def test_any_batch_size_and_any_shards_give_the_same_bits(
-    compiled: bool, problem, at_once, workers, data
-) -> None:
+def test_any_batch_size_and_any_shards_give_the_same_bits(how: str, problem, at_once, workers, data) -> None:
     weight, ids, interests, k, seen = problem
     seen = torch.empty((0, 2), dtype=torch.int64) if seen is None else seen
     owner = torch.tensor(
         data.draw(st.lists(st.integers(0, workers - 1), min_size=len(ids), max_size=len(ids)))
     )
-    with way(compiled, TILE_ROWS=32, DEVICE_TILE_ROWS=32, _ROOM=8, _SPARE=4):
+    with way(how, TILE_ROWS=32, DEVICE_TILE_ROWS=32, _ROOM=8, _SPARE=4):
         whole = local_topk(weight, ids, interests, k, seen)
         parts = []
         for low in range(0, len(interests), at_once):
@@ -153,8 +157,8 @@ def test_any_batch_size_and_any_shards_give_the_same_bits(
     assert same(TopK(*(torch.cat(x) for x in zip(*parts, strict=True))), whole)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_a_table_of_ordinary_size(compiled: bool) -> None:
+@pytest.mark.parametrize("how", WAYS)
+def test_a_table_of_ordinary_size(how: str) -> None:
     generator = torch.Generator().manual_seed(2)
     weight, interests = (
         torch.randn(5_000, 64, generator=generator),
@@ -162,7 +166,7 @@ def test_a_table_of_ordinary_size(compiled: bool) -> None:
     )
     ids = torch.arange(5_000)
     seen = torch.stack([torch.arange(40).repeat_interleave(50), torch.randint(0, 5_000, (2_000,))], dim=1)
-    with way(compiled):
+    with way(how):
         assert same(
             local_topk(weight, ids, interests, 50, seen), brute_force(weight, ids, interests, 50, seen)
         )
@@ -206,8 +210,8 @@ def test_pieces_run_on_one_thread_each_and_an_error_comes_out() -> None:
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_a_coarse_matrix_product_changes_no_bit(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["compiled, float32", "torch"])
+def test_a_coarse_matrix_product_changes_no_bit(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of bfloat16 numbers choose the candidates here; that they are coarse is told by torch's setting."""
     generator = torch.Generator().manual_seed(2)
     weight, interests = (
@@ -225,18 +229,18 @@ def test_a_coarse_matrix_product_changes_no_bit(compiled: bool, monkeypatch: pyt
     )
     monkeypatch.setattr(Tensor, "__matmul__", coarse)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
-    with way(compiled):
+    with way(how):
         assert same(local_topk(weight, torch.arange(2_000), interests, 20), expected)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_numbers_that_are_not_finite_give_scores_that_are_not(compiled: bool, value: float) -> None:
+def test_numbers_that_are_not_finite_give_scores_that_are_not(how: str, value: float) -> None:
     weight, interests = torch.randn(30, 4), torch.randn(5, 2, 4)
     ids = torch.arange(30)
     clean = local_topk(weight, ids, interests, 7)
     interests[3, 1, 2] = value
-    with way(compiled):
+    with way(how):
         found = local_topk(weight, ids, interests, 7)
         weight[4, 0] = value
         all_bad = local_topk(weight, ids, interests, 7)
@@ -255,8 +259,8 @@ def test_users_without_interests_get_the_first_ids_that_they_have_not_seen() -> 
     assert found.interests_Bk.tolist() == [[0] * 4] * 2
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_never_holds_more_scores_than_a_tile(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", WAYS)
+def test_never_holds_more_scores_than_a_tile(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     exact_mm, exact_matmul = torch.mm, Tensor.__matmul__
 
@@ -270,7 +274,7 @@ def test_never_holds_more_scores_than_a_tile(compiled: bool, monkeypatch: pytest
 
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(Tensor, "__matmul__", matmul)
-    with way(compiled, TILE_ROWS=16, TILE_QUERIES=4, DEVICE_TILE_ROWS=16, DEVICE_TILE_QUERIES=4):
+    with way(how, TILE_ROWS=16, TILE_QUERIES=4, DEVICE_TILE_ROWS=16, DEVICE_TILE_QUERIES=4):
         local_topk(torch.randn(100, 3), torch.arange(100), torch.randn(10, 2, 3), 5)
     assert max(q for q, _ in sizes) == 4
     assert max(r for _, r in sizes) == 16

@@ -6,9 +6,9 @@ import torch
 from numba import njit
 
 from distributed_mi.core import cpu
+from distributed_mi.core.vector_math import exp32, largest32
 from distributed_mi.losses import sampled_softmax as module
 from distributed_mi.losses.sampled_softmax import sampled_softmax
-from distributed_mi.losses.vector_math import exp32, largest32
 
 
 @njit(fastmath={"contract"}, error_model="numpy")

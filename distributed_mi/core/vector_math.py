@@ -1,4 +1,4 @@
-"""float32 arithmetic for compiled kernels, in forms that become vector instructions.
+"""What compiled kernels have in common: float32 arithmetic that becomes vector instructions, rows asked for ahead.
 
 exp (libm's is called number by number) is Cephes' polynomial (S. L. Moshier, Cephes Math Library 2.2, `expf`) on the
 remainder of a power of two, whose exponent is written into the bits of a float. Within 1e-7 of the true value,
@@ -23,7 +23,9 @@ _C3, _C2, _C1 = f32(4.1665795894e-2), f32(1.6666665459e-1), f32(5.0000001201e-1)
 
 
 @intrinsic
-def _float_of_bits(typing_context, bits):
+def float_of_bits(typing_context, bits):
+    """The float32 with the bits of an int32."""
+
     def build(context, builder, signature, args):
         return builder.bitcast(args[0], ir.FloatType())
 
@@ -31,7 +33,9 @@ def _float_of_bits(typing_context, bits):
 
 
 @intrinsic
-def _bits_of_float(typing_context, value):
+def bits_of_float(typing_context, value):
+    """The bits of a float32 as an int32."""
+
     def build(context, builder, signature, args):
         return builder.bitcast(args[0], ir.IntType(32))
 
@@ -47,7 +51,7 @@ def exp32(x):
     rest = near - power * _LN2_HIGH - power * _LN2_LOW
     tail = ((((_C6 * rest + _C5) * rest + _C4) * rest + _C3) * rest + _C2) * rest + _C1
     value = (tail * (rest * rest) + rest) + f32(1.0)
-    scale = _float_of_bits((_bits_of_float(rounded) << np.int32(23)) + np.int32(0x3F800000))
+    scale = float_of_bits((bits_of_float(rounded) << np.int32(23)) + np.int32(0x3F800000))
     value *= scale
     value = f32(0.0) if x < _LOWEST else value
     value = f32(np.inf) if x > _HIGHEST else value
@@ -55,15 +59,58 @@ def exp32(x):
 
 
 @njit(inline="always")
-def _ordered(bits):
-    """Bits of a float as a number in the order of the floats, and back."""
+def ordered32(bits):
+    """Bits of a float32 as an int32 in the order of the floats, and back."""
     return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
 
 
 @njit(nogil=True, cache=True)
 def largest32(values_N):
     """The largest of float32 numbers, -inf of none; found among whole numbers, which may be compared in any order."""
-    largest = _ordered(_bits_of_float(f32(-np.inf)))
+    largest = ordered32(bits_of_float(f32(-np.inf)))
     for n in range(len(values_N)):
-        largest = max(largest, _ordered(_bits_of_float(values_N[n])))
-    return _float_of_bits(_ordered(largest))
+        largest = max(largest, ordered32(bits_of_float(values_N[n])))
+    return float_of_bits(ordered32(largest))
+
+
+_LINE = 64
+"""Bytes of a cache line."""
+
+
+def _fetch_instruction(write):
+    """An intrinsic that asks for the cache line at an address; one without memory does no harm."""
+
+    @intrinsic
+    def fetch(typing_context, address):
+        def build(context, builder, signature, args):
+            pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+            number = ir.IntType(32)
+            kind = ir.FunctionType(ir.VoidType(), [pointer.type, number, number, number])
+            instruction = builder.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
+            builder.call(instruction, [pointer, number(write), number(3), number(1)])  # keep it; it is data
+            return context.get_dummy_value()
+
+        return types.void(types.int64), build
+
+    return fetch
+
+
+_fetch_line_to_read, _fetch_line_to_write = _fetch_instruction(0), _fetch_instruction(1)
+
+
+@njit(inline="always")
+def fetch_to_read(rows_RD, row):
+    """Ask for a row before it is read."""
+    width = rows_RD.shape[1] * rows_RD.itemsize
+    start = rows_RD.ctypes.data + row * width
+    for at in range(0, width, _LINE):
+        _fetch_line_to_read(start + at)
+
+
+@njit(inline="always")
+def fetch_to_write(rows_RD, row):
+    """Ask for a row before it is changed."""
+    width = rows_RD.shape[1] * rows_RD.itemsize
+    start = rows_RD.ctypes.data + row * width
+    for at in range(0, width, _LINE):
+        _fetch_line_to_write(start + at)
