@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT_S = 240
 
 
-def run_on_ranks(target: str, size: int, folder: Path, payload: dict[str, Any]) -> list[Any]:
+def run_on_ranks(
+    target: str, size: int, folder: Path, payload: dict[str, Any], timeout_s: float = 240
+) -> list[Any]:
     """Call `module:function(group, payload)` on `size` processes and return their JSON-ready results in rank order.
 
     Raises:
@@ -35,7 +36,7 @@ def run_on_ranks(target: str, size: int, folder: Path, payload: dict[str, Any]) 
             command = [sys.executable, __file__, target, str(rank), str(size), str(folder)]
             processes.append(subprocess.Popen(command, env=environment, stderr=errors, cwd=ROOT))
     try:
-        codes = [p.wait(timeout=TIMEOUT_S) for p in processes]
+        codes = [p.wait(timeout=timeout_s) for p in processes]
     finally:
         for process in processes:
             process.kill()

@@ -112,13 +112,18 @@ class WorkerGroup:
 
     def exchange_rows(self, tensor: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
         """`all_to_all_rows` when the number of rows to receive from each worker is known already."""
+        return self.start_exchange(tensor, send_counts, receive_counts).wait()
+
+    def start_exchange(self, tensor: Tensor, send_counts: list[int], receive_counts: list[int]) -> "Exchange":
+        """`exchange_rows` that goes on while this worker does other things, collectives among them."""
+        sent = tensor.detach().contiguous()
         if self._size == 1:
-            return tensor.detach()
+            return Exchange(sent, sent, None)
         out = tensor.new_empty((sum(receive_counts), *tensor.shape[1:]))
-        dist.all_to_all_single(
-            out, tensor.detach().contiguous(), receive_counts, send_counts, group=self._group
+        work = dist.all_to_all_single(
+            out, sent, receive_counts, send_counts, group=self._group, async_op=True
         )
-        return out
+        return Exchange(sent, out, work)
 
     def gather_with_grad(self, tensor: Tensor) -> Tensor:
         """The tensors of all workers, concatenated along the first axis (sizes may differ), with gradients.
@@ -157,6 +162,20 @@ class WorkerGroup:
     def _to_bytes(self, value: Any) -> Tensor:
         data = bytearray(json.dumps(value).encode())
         return torch.frombuffer(data, dtype=torch.uint8).to(self._device)
+
+
+class Exchange:
+    """Rows on their way."""
+
+    def __init__(self, sent: Tensor, received: Tensor, work: dist.Work | None) -> None:
+        self._sent, self._received, self._work = sent, received, work  # `sent` lives until it has left
+
+    def wait(self) -> Tensor:
+        """The rows that have come, in rank order of the senders."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._received
 
 
 def _from_bytes(tensor: Tensor) -> Any:

@@ -3,7 +3,8 @@
 A lookup is three exchanges: how many rows of each worker are wanted, which, and the rows. Ids are de-duplicated
 first, over all id tensors of the call, so a popular item and the padding travel once per worker and step. Backward
 sends the summed row gradients back the same way, and the owner adds what it gets from all workers: the gradient of
-the step is the sum of the workers' partial losses (`LossTerms.total`).
+the step is the sum of the workers' partial losses (`LossTerms.total`). Nobody waits for them before `step`: they travel
+while the dense gradients are reduced and applied, and while the next accumulation part is computed.
 
 Shapes:  V rows, D width, W workers, U distinct ids of this worker's lookup.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from distributed_mi.core.errors import InputError
 from distributed_mi.embeddings.counters import TableCounters
 from distributed_mi.embeddings.gradients import add_by_row
-from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.embeddings.group import Exchange, WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer
 from distributed_mi.embeddings.placement import Modulo, Placement
 from distributed_mi.embeddings.replication import HotRows
@@ -76,6 +77,7 @@ class ShardedItemTable(ItemTable):
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._bounds_W1 = torch.arange(group.size + 1, device=device) * self.placement.capacity
         self._first_hot_key = group.size * self.placement.capacity
+        self._on_their_way: list[tuple[Tensor, Exchange]] = []
         self._hot = HotRows(min(replicated_rows, num_rows), self.store, self.placement, group)
 
     def lookup(self, *ids: Tensor) -> list[Tensor]:
@@ -104,13 +106,27 @@ class ShardedItemTable(ItemTable):
 
     def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Exchange float32 rows at the width of `exchange_dtype`."""
+        return self._received(self._start_exchange(rows, send, receive))
+
+    def _start_exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Exchange:
         started = time.perf_counter()
-        sent = rows.to(self.exchange_dtype)
-        out = self.group.exchange_rows(sent, send, receive).float()
-        self.counters.exchange_seconds += time.perf_counter() - started
+        exchange = self.group.start_exchange(rows.to(self.exchange_dtype), send, receive)
         outside = sum(send) - send[self.group.rank]
-        self.counters.exchanged_bytes += outside * rows.shape[1] * sent.element_size()
-        return out
+        self.counters.exchanged_bytes += outside * rows.shape[1] * self.exchange_dtype.itemsize
+        self.counters.exchange_seconds += time.perf_counter() - started
+        return exchange
+
+    def _received(self, exchange: Exchange) -> Tensor:
+        started = time.perf_counter()
+        rows = exchange.wait().float()
+        self.counters.exchange_seconds += time.perf_counter() - started
+        return rows
+
+    def _collect_received(self) -> None:
+        """Wait for the row gradients that are on their way."""
+        for slots, exchange in self._on_their_way:
+            self.store.collect(slots, self._received(exchange))
+        self._on_their_way.clear()
 
     def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
         """See `ItemTable.topk`."""
@@ -118,7 +134,8 @@ class ShardedItemTable(ItemTable):
         return sharded_topk(self.store.weight_RD, self.store.ids_R, interests, k, self.group, seen_M2)
 
     def step(self, learning_rate: float) -> None:
-        """See `ItemTable.step`. The gradients are here already, but for those of replicated rows."""
+        """See `ItemTable.step`."""
+        self._collect_received()
         started = time.perf_counter()
         self._hot.send_gradients()
         self.store.step(learning_rate)
@@ -127,6 +144,7 @@ class ShardedItemTable(ItemTable):
 
     def zero_grad(self) -> None:
         """See `ItemTable.zero_grad`."""
+        self._collect_received()
         self.store.zero_grad()
         self._hot.zero_grad()
 
@@ -185,7 +203,8 @@ class _ExchangedRows(torch.autograd.Function):
         for inverse, grad in zip(route.inverse.split(ctx.sizes), grads, strict=True):
             if grad is not None:
                 add_by_row(inverse, grad.reshape(len(inverse), table.dim), grad_UD)
-        table.store.collect(route.slots, table._exchange(grad_UD[:num_cold], route.send, route.receive))
+        exchange = table._start_exchange(grad_UD[:num_cold], route.send, route.receive)
+        table._on_their_way.append((route.slots, exchange))
         if len(route.hot_ids):
             table._hot.collect(route.hot_ids, grad_UD[num_cold:])
         return None, None, None, None

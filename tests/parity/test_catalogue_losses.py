@@ -4,8 +4,10 @@ Users are cut unevenly, one worker has none. What each process measures is a dif
 table; the tests bound it.
 """
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,6 +19,7 @@ from distributed_mi.embeddings.catalogue_loss import InterestChoice
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import SGD, make_optimizer
+from distributed_mi.embeddings.placement import make_placement
 from distributed_mi.embeddings.sharded import ShardedItemTable
 from distributed_mi.embeddings.table import ItemTable, LocalItemTable
 from distributed_mi.models.base import Recommender, TrainBatch
@@ -36,6 +39,14 @@ from tests.model_batches import (
 CHOICES: tuple[InterestChoice, ...] = ("target", "argmax", "label_aware")
 SHARES = {1: [11], 2: [0, 11], 3: [4, 0, 7], 4: [1, 0, 8, 2]}
 """Users of each worker, by the number of workers."""
+
+PLACEMENTS = {
+    "modulo": ("modulo", 0),
+    "hashed": ("hashed", 0),
+    "ranges": ("ranges", 0),
+    "replicated": ("hashed", 7),
+}
+"""Who holds which row, and how many have copies everywhere."""
 
 
 # ---- dense torch ----------------------------------------------------------------------------------------------------
@@ -174,7 +185,7 @@ def all_losses(group: WorkerGroup, payload: dict[str, Any]) -> dict[str, Any]:
     return {
         "choices": {choice: rounds(group, choice) for choice in CHOICES},
         "gradients": {name: one_step(group, name) for name in LOSSES},
-        "training": {name: twenty_steps(group, name) for name in LOSSES},
+        "training": {name: train(group, name, ["modulo"], steps=20)["modulo"] for name in LOSSES},
         "eimf": one_step(group, "full_softmax", model="eimf"),
         "tiny": tiny(group),
     }
@@ -227,19 +238,26 @@ def one_step(group: WorkerGroup, loss: str, model: str = "comirec_sa") -> dict[s
     }
 
 
-def twenty_steps(group: WorkerGroup, loss: str) -> dict[str, float]:
-    """Twenty steps of gradient descent on dense parameters and of Adagrad on rows."""
+def hundred_steps(group: WorkerGroup, payload: dict[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """What each process runs for every loss and placement."""
+    return {name: train(group, name, list(PLACEMENTS), steps=100) for name in LOSSES}
+
+
+def train(group: WorkerGroup, loss: str, placements: list[str], *, steps: int) -> dict[str, dict[str, float]]:
+    """Gradient descent on dense parameters and Adagrad on rows: each placement against one process."""
     config = TableOptimizerConfig(name="adagrad", eps=1e-3)
-    tables: list[ItemTable] = [
-        make_sharded(group, optimizer=make_optimizer(config)),
-        make_table(optimizer=make_optimizer(config)),
-    ]
-    start = whole(tables[0])
+    tables: list[ItemTable] = [make_table(optimizer=make_optimizer(config))]
+    for name in placements:
+        placed, replicated = PLACEMENTS[name]
+        chosen = make_placement(placed, NUM_ROWS, group.size, np.arange(NUM_ROWS, 0, -1.0))
+        optimizer = make_optimizer(config)
+        tables.append(make_sharded(group, optimizer=optimizer, placement=chosen, replicated_rows=replicated))
+    start = whole(tables[1])
     models = [make_model("comirec_sa", items, loss=LOSSES[loss]) for items in tables]
-    groups = [group, WorkerGroup.alone()]
-    for step in range(20):
+    for step in range(steps):
         batch = make_batch(11, seed=20 + step)
-        for model, workers in zip(models, groups, strict=True):
+        for model in models:
+            workers = WorkerGroup.alone() if model is models[0] else group
             model.loss(my_part(workers, batch)).total(11).backward()
             flat = dense_gradient(workers, model)
             with torch.no_grad():
@@ -247,12 +265,19 @@ def twenty_steps(group: WorkerGroup, loss: str) -> dict[str, float]:
                     parameter.sub_(0.05 * grad.view_as(parameter))
                     parameter.grad = None
             model.items.step(0.05)
-    found, expected = whole(tables[0]), tables[1].state()[1]["weight"]
+    expected, dense = tables[0].state()[1]["weight"], flat_parameters(models[0])
     return {
-        "moved": relative_gap(found, start),
-        "rows": relative_gap(found, expected),
-        "dense": relative_gap(*(torch.cat([p.flatten() for p in m.parameters()]) for m in models)),
+        name: {
+            "moved": relative_gap(whole(table), start),
+            "rows": relative_gap(whole(table), expected),
+            "dense": relative_gap(flat_parameters(model), dense),
+        }
+        for name, table, model in zip(placements, tables[1:], models[1:], strict=True)
     }
+
+
+def flat_parameters(model: Recommender) -> Tensor:
+    return torch.cat([p.flatten() for p in model.parameters()])
 
 
 def tiny(group: WorkerGroup) -> float:
@@ -334,6 +359,19 @@ def test_twenty_steps_equal_those_of_one_process(ranks: list[dict[str, Any]], lo
         measured = dict(result["training"][loss])
         assert measured.pop("moved") > 0.1
         assert max(measured.values()) < 1e-5, measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_hundred_steps_of_every_loss_on_every_placement_equal_one_process(
+    size: int, tmp_path: Path
+) -> None:
+    target = "tests.parity.test_catalogue_losses:hundred_steps"
+    for result in run_on_ranks(target, size, tmp_path / "ranks", {}, timeout_s=900):
+        for loss, placements in result.items():
+            for placement, measured in placements.items():
+                assert measured.pop("moved") > 0.1
+                assert max(measured.values()) < 1e-5, (loss, placement, measured)
 
 
 def test_eimf_on_a_backbone_with_a_loss_over_the_catalogue(ranks: list[dict[str, Any]]) -> None:

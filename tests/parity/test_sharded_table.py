@@ -20,11 +20,11 @@ from distributed_mi.embeddings import topk as topk_module
 from distributed_mi.embeddings.checkpoint import load_table, save_table
 from distributed_mi.embeddings.config import TableOptimizerConfig
 from distributed_mi.embeddings.gradients import RowGradients
-from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.embeddings.group import Exchange, WorkerGroup
 from distributed_mi.embeddings.optimizer import SGD, make_optimizer
 from distributed_mi.embeddings.placement import expected_load, make_placement
 from distributed_mi.embeddings.sharded import ShardedItemTable
-from distributed_mi.embeddings.table import LocalItemTable
+from distributed_mi.embeddings.table import ItemTable, LocalItemTable
 from tests.distributed import run_on_ranks
 from tests.model_batches import (
     DIM,
@@ -82,6 +82,7 @@ def all_cases(group: WorkerGroup, payload: dict[str, Any]) -> dict[str, Any]:
         "collectives": collectives(group),
         "lookup": lookup(group),
         "exchanges": exchanges(group),
+        "on_their_way": gradients_on_their_way(group),
         "bad_id": bad_id(group),
         "training": {
             f"{name}-{variant}": training(group, name, **options)
@@ -137,18 +138,42 @@ def exchanges(group: WorkerGroup) -> list[int]:
     """Rows that leave this worker in each exchange of one lookup of three tensors, forward and backward."""
     table = make_sharded(group)
     sent: list[int] = []
-    original = group.exchange_rows
+    original = group.start_exchange
 
-    def counting(tensor: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def counting(tensor: Tensor, send: list[int], receive: list[int]) -> Exchange:
         sent.append(sum(send))
         return original(tensor, send, receive)
 
-    group.exchange_rows = counting  # type: ignore[method-assign]
+    group.start_exchange = counting  # type: ignore[method-assign]
     repeated = torch.tensor([[5, 5, 0, 0], [6, 5, 0, 0]])
     rows = table.lookup(repeated, torch.tensor([6]), torch.tensor([5, 6, 5]))
     sum(r.sum() for r in rows).backward()
-    del group.exchange_rows
+    del group.start_exchange
     return sent
+
+
+def gradients_on_their_way(group: WorkerGroup) -> dict[str, float]:
+    """Two backward passes before a step, with a collective in between; and two that are forgotten."""
+    optimizer = make_optimizer(TableOptimizerConfig(name="sgd"))
+    table, local = make_sharded(group, optimizer=optimizer), make_table(optimizer=optimizer)
+    start = whole(table)
+    ids = torch.tensor([5, group.rank + 1, 40])
+
+    def twice(chosen: ItemTable, every: list[Tensor]) -> None:
+        for factor in (1.0, 2.0):
+            for mine in every:
+                (chosen.rows(mine) * factor).sum().backward()
+            group.barrier()
+
+    twice(table, [ids])
+    table.zero_grad()
+    table.step(1.0)
+    forgotten = gap(whole(table), start)
+    twice(table, [ids])
+    table.step(0.5)
+    twice(local, group.all_gather_rows(ids))
+    local.step(0.5)
+    return {"forgotten": forgotten, "gap": gap(whole(table), local.state()[1]["weight"])}
 
 
 def bad_id(group: WorkerGroup) -> str:
@@ -325,6 +350,12 @@ def test_a_lookup_asks_for_each_distinct_id_once(ranks: list[dict[str, Any]]) ->
         assert ids == ([3] if len(ranks) > 1 else [])  # 0, 5 and 6
         assert gradients == 3
     assert sum(r["exchanges"][-2] for r in ranks) == 3 * len(ranks)
+
+
+def test_gradients_arrive_whatever_is_said_meanwhile(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        assert result["on_their_way"]["forgotten"] == 0.0
+        assert result["on_their_way"]["gap"] < 1e-6
 
 
 def test_an_id_outside_the_table_is_named(ranks: list[dict[str, Any]]) -> None:
