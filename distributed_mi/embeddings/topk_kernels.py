@@ -385,6 +385,7 @@ def finish(
     interests_BKD,
     margins_B,
     fine_margins_B,
+    rounded,
     slots_BC,
     approximate_BC,
     marks_BC,
@@ -401,6 +402,7 @@ def finish(
         interests_BKD: see there.
         margins_B: see there.
         fine_margins_B: float32, the same for scores approximated in float32.
+        rounded: whether the approximate scores were bfloat16.
         slots_BC: see there.
         approximate_BC: see there.
         marks_BC: see there.
@@ -413,7 +415,7 @@ def finish(
     for b in range(len(counts_B)):
         slots_C, scores_C, marks_C, query_KD = slots_BC[b], approximate_BC[b], marks_BC[b], interests_BKD[b]
         count, margin = counts_B[b], margins_B[b]
-        if fine_margins_B[b] < margin:
+        if rounded:
             count, _ = _make_room(
                 k, margin, _COARSE, query_KD, weight_RD, ids_R, slots_C, scores_C, marks_C, count
             )

@@ -187,7 +187,19 @@ def _compiled_topk(
         best, found = np.zeros((size, k), dtype=np.float32), np.zeros((size, k), dtype=np.int64)
         chosen = np.full((size, k), -1, dtype=np.int64)
         topk_kernels.finish(
-            weight, ids, queries, margins, fine, slots, scores, marks, counts, best, found, chosen
+            weight,
+            ids,
+            queries,
+            margins,
+            fine,
+            dtype == torch.bfloat16,
+            slots,
+            scores,
+            marks,
+            counts,
+            best,
+            found,
+            chosen,
         )
         keys = order_keys(torch.from_numpy(best), torch.from_numpy(found))
         keys_Bk[low : low + size] = keys.masked_fill(torch.from_numpy(found) == 0, NO_CANDIDATE)

@@ -80,7 +80,14 @@ def sampled_softmax(
         target_B = target_B - target_log_q_B
     ids = (target_ids_B, negative_ids_N) if mask_accidental_hits else None
     loss_B: Tensor = _SampledSoftmax.apply(
-        query_BD, target_rows_BD, negative_rows_ND, target_B, beta, ids, negative_log_q_N, negative_mask_N
+        query_BD,
+        target_rows_BD,
+        negative_rows_ND,
+        target_B,
+        float(beta),
+        ids,
+        negative_log_q_N,
+        negative_mask_N,
     )
     return loss_B
 
