@@ -27,14 +27,19 @@ _AHEAD = 4
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _copy(row_D, out_D):
+    """An assignment of slices would do it, and would take seconds to compile what it says when their lengths differ."""
+    for d in range(len(out_D)):
+        out_D[d] = row_D[d]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def gather(rows_RD, slots_N, out_ND):
     """`out[n] = rows[slots[n]]`; 1.5 to 1.9 times faster than `index_select` from a table of a million rows of 64."""
     for n in range(len(slots_N)):
         if n + 2 * _AHEAD < len(slots_N):
             fetch_to_read(rows_RD, slots_N[n + 2 * _AHEAD])
-        row_D, out_D = rows_RD[slots_N[n]], out_ND[n]
-        for d in range(len(out_D)):
-            out_D[d] = row_D[d]
+        _copy(rows_RD[slots_N[n]], out_ND[n])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -88,7 +93,7 @@ def _add(grad_D, total_D):
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 def _total(u, starts_P, order_N, grads_ND, total_D):
-    total_D[:] = grads_ND[order_N[starts_P[u]]]
+    _copy(grads_ND[order_N[starts_P[u]]], total_D)
     for at in range(starts_P[u] + 1, starts_P[u + 1]):
         _add(grads_ND[order_N[at]], total_D)
 

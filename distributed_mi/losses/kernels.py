@@ -203,7 +203,8 @@ def pick_closest(interests_BKD, target_rows_BD, best_B, query_BD):
             if score > highest:
                 best, highest = k, score
         best_B[b] = best
-        query_BD[b] = interests_BKD[b, best]
+        for d in range(query_BD.shape[1]):  # not a slice, see `embeddings.kernels._copy`
+            query_BD[b, d] = interests_BKD[b, best, d]
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")

@@ -49,7 +49,8 @@ def gather_keys(mask_BL, rows_SD, positions_LD, places_P, starts_B1, keys_PD):
                 if len(positions_LD):
                     _add(row_D, positions_LD[t], keys_PD[p])
                 else:
-                    keys_PD[p] = row_D
+                    for d in range(len(row_D)):  # not a slice, see `embeddings.kernels._copy`
+                        keys_PD[p, d] = row_D[d]
                 places_P[p] = b * length + t
                 p += 1
     starts_B1[mask_BL.shape[0]] = p
