@@ -415,7 +415,7 @@ def finish(
     for b in range(len(counts_B)):
         slots_C, scores_C, marks_C, query_KD = slots_BC[b], approximate_BC[b], marks_BC[b], interests_BKD[b]
         count, margin = counts_B[b], margins_B[b]
-        if rounded:
+        if rounded and fine_margins_B[b] < np.inf:  # else nothing is known in float32 either
             count, _ = _make_room(
                 k, margin, _COARSE, query_KD, weight_RD, ids_R, slots_C, scores_C, marks_C, count
             )

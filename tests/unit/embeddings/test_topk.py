@@ -172,6 +172,18 @@ def test_a_table_of_ordinary_size(how: str) -> None:
         )
 
 
+@pytest.mark.parametrize("how", WAYS)
+def test_scores_beyond_the_largest_float_are_infinite_and_ranked_by_id(how: str) -> None:
+    """In float32 such products meet as infinity minus infinity; float64 knows their sign."""
+    generator = np.random.default_rng(4)
+    weight = torch.from_numpy(make_numbers("range", (60, 7), generator) * np.float32(1e9))
+    interests = torch.from_numpy(make_numbers("huge", (20, 3, 7), generator))
+    with way(how, TILE_ROWS=16, DEVICE_TILE_ROWS=16):
+        found = local_topk(weight, torch.arange(60), interests, 9)
+    assert same(found, brute_force(weight, torch.arange(60), interests, 9, None))
+    assert found.scores_Bk.isinf().any()
+
+
 def test_scores_are_the_exact_inner_products_rounded() -> None:
     """`math.fsum` adds the products, which float64 holds exactly, without error."""
     generator = np.random.default_rng(3)
