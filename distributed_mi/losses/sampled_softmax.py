@@ -75,15 +75,12 @@ def sampled_softmax(
         negative_log_q_N: the same of each negative; the weights are taken from corrected scores too.
         negative_mask_N: bool, False on negatives that do not count; None: all do.
     """
-    target_B = target_scores(query_BD.detach(), target_rows_BD.detach())
-    if target_log_q_B is not None:
-        target_B = target_B - target_log_q_B
     ids = (target_ids_B, negative_ids_N) if mask_accidental_hits else None
     loss_B: Tensor = _SampledSoftmax.apply(
         query_BD,
         target_rows_BD,
         negative_rows_ND,
-        target_B,
+        target_log_q_B,
         float(beta),
         ids,
         negative_log_q_N,
@@ -114,7 +111,7 @@ class _SampledSoftmax(torch.autograd.Function):
         query_BD: Tensor,
         target_rows_BD: Tensor,
         negative_rows_ND: Tensor,
-        target_B: Tensor,
+        target_log_q_B: Tensor | None,
         beta: float,
         ids: tuple[Tensor, Tensor] | None,
         log_q_N: Tensor | None,
@@ -122,6 +119,9 @@ class _SampledSoftmax(torch.autograd.Function):
     ) -> Tensor:
         scores_BN = query_BD @ negative_rows_ND.T  # in bfloat16 under autocast
         form = _compiled if scores_BN.device.type == "cpu" and scores_BN.dtype == torch.float32 else _by_torch
+        target_B = target_scores(query_BD, target_rows_BD)
+        if target_log_q_B is not None:
+            target_B -= target_log_q_B
         loss_B, ctx.flow, kept = form(scores_BN, target_B, beta, ids, log_q_N, mask_N)
         ctx.save_for_backward(query_BD, target_rows_BD, negative_rows_ND, *kept)
         return loss_B

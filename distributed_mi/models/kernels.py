@@ -3,7 +3,8 @@
 Most places of a batch are padding (Beauty: 70% at L = 20). `layers.AttentivePooling` has the equations and the form for
 other devices, `layers._PackedPooling` the matrix products between these kernels.
 
-Shapes:  B users, L history, S = B L places of which P are real, K interests, D width, A inner width.
+Shapes:  B users, L history, S = B L places of which P are real, K interests, D width, A inner width, M distances from
+the newest item.
 """
 
 import numpy as np
@@ -36,9 +37,15 @@ def _add(one_D, other_D, out_D):
         out_D[d] = one_D[d] + other_D[d]
 
 
+@njit(inline="always")
+def _distance(place, length, positions_MD):
+    """Which of the vectors by distance from the newest item stands at a place."""
+    return min(length - 1 - place % length, len(positions_MD) - 1)
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
-def gather_keys(mask_BL, rows_SD, positions_LD, places_P, starts_B1, keys_PD):
-    """Find the real places, where each user's begin among them, and their rows plus their slots' vectors, if any."""
+def gather_keys(mask_BL, rows_SD, positions_MD, places_P, starts_B1, keys_PD):
+    """Find the real places, where each user's begin among them, and their rows plus vectors of positions, if any."""
     length = mask_BL.shape[1]
     p = 0
     for b in range(mask_BL.shape[0]):
@@ -46,8 +53,8 @@ def gather_keys(mask_BL, rows_SD, positions_LD, places_P, starts_B1, keys_PD):
         for t in range(length):
             if mask_BL[b, t]:
                 row_D = rows_SD[b * length + t]
-                if len(positions_LD):
-                    _add(row_D, positions_LD[t], keys_PD[p])
+                if len(positions_MD):
+                    _add(row_D, positions_MD[_distance(t, length, positions_MD)], keys_PD[p])
                 else:
                     for d in range(len(row_D)):  # not a slice, see `embeddings.kernels._copy`
                         keys_PD[p, d] = row_D[d]
@@ -181,10 +188,10 @@ def pool_backward(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def scatter_keys(grad_keys_PD, places_P, grad_rows_SD, grad_positions_LD):
+def scatter_keys(grad_keys_PD, places_P, length, grad_rows_SD, grad_positions_MD):
     """Add the gradients of the keys to those of the rows and of the positions."""
-    length = len(grad_positions_LD)
     for p in range(len(places_P)):
         _add_scaled(f32(1.0), grad_keys_PD[p], grad_rows_SD[places_P[p]])
-        if length:
-            _add_scaled(f32(1.0), grad_keys_PD[p], grad_positions_LD[places_P[p] % length])
+        if len(grad_positions_MD):
+            distance = _distance(places_P[p], length, grad_positions_MD)
+            _add_scaled(f32(1.0), grad_keys_PD[p], grad_positions_MD[distance])

@@ -61,9 +61,9 @@ class AttentivePooling(nn.Module):
     def forward(self, rows_BLD: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor]:
         """Interests `[B, K, D]` and attention `[B, K, L]`, whose rows sum to 1 and are 0 on padding."""
         if self._can_be_packed(rows_BLD):
-            positions_LD = None if self.positions is None else self.positions(rows_BLD.shape[1])
+            by_distance_MD = None if self.positions is None else self.positions.by_distance_LD
             packed: tuple[Tensor, Tensor] = _PackedPooling.apply(
-                rows_BLD, mask_BL, positions_LD, self.inner_DA, self.inner_bias_A, self.outer_AK
+                rows_BLD, mask_BL, by_distance_MD, self.inner_DA, self.inner_bias_A, self.outer_AK
             )
             return packed
         rows_BLD = rows_BLD * mask_BL[:, :, None]
@@ -96,7 +96,7 @@ class _PackedPooling(torch.autograd.Function):
         ctx: Any,
         rows_BLD: Tensor,
         mask_BL: Tensor,
-        positions_LD: Tensor | None,
+        by_distance_MD: Tensor | None,
         inner_DA: Tensor,
         bias_A: Tensor | None,
         outer_AK: Tensor,
@@ -108,7 +108,7 @@ class _PackedPooling(torch.autograd.Function):
         rows_SD, mask = rows_BLD.view(batch * length, dim).numpy(), mask_BL.contiguous().numpy()
         places, starts = np.empty(np.count_nonzero(mask), np.int64), np.empty(batch + 1, np.int64)
         keys = np.empty((len(places), dim), np.float32)
-        positions = _NONE if positions_LD is None else positions_LD.contiguous().numpy()
+        positions = _NONE if by_distance_MD is None else by_distance_MD.contiguous().numpy()
         kernels.gather_keys(mask, rows_SD, positions, places, starts, keys)
         keys_PD = torch.from_numpy(keys)
         hidden_PA = keys_PD @ inner_DA if bias_A is None else torch.addmm(bias_A, keys_PD, inner_DA)
@@ -119,7 +119,7 @@ class _PackedPooling(torch.autograd.Function):
         kernels.pool_forward(scores_KP, rows_SD, places, starts, attention, interests)
         attention_BKL, interests_BKD = torch.from_numpy(attention), torch.from_numpy(interests)
         ctx.places, ctx.starts, ctx.has_bias = places, starts, bias_A is not None
-        ctx.has_positions = positions_LD is not None
+        ctx.distances = len(positions)
         ctx.save_for_backward(rows_BLD, attention_BKL, keys_PD, hidden_PA, inner_DA, outer_AK)
         ctx.set_materialize_grads(False)
         return interests_BKD, attention_BKL
@@ -154,12 +154,12 @@ class _PackedPooling(torch.autograd.Function):
             grad_bias,
         )
         flow_PA = torch.from_numpy(flow)
-        grad_positions = np.zeros((length if ctx.has_positions else 0, dim), np.float32)
-        kernels.scatter_keys((flow_PA @ inner_DA.T).numpy(), ctx.places, grad_rows, grad_positions)
+        grad_positions = np.zeros((ctx.distances, dim), np.float32)
+        kernels.scatter_keys((flow_PA @ inner_DA.T).numpy(), ctx.places, length, grad_rows, grad_positions)
         return (
             torch.from_numpy(grad_rows).view(rows_BLD.shape),
             None,
-            torch.from_numpy(grad_positions) if ctx.has_positions else None,
+            torch.from_numpy(grad_positions) if ctx.distances else None,
             keys_PD.T @ flow_PA,
             torch.from_numpy(grad_bias) if ctx.has_bias else None,
             (torch.from_numpy(grad_scores) @ hidden_PA).T,

@@ -9,17 +9,19 @@ from distributed_mi.models.layers import AttentivePooling
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("num_interests", [1, 3, 4])
+@pytest.mark.parametrize("max_history", [5, 3])  # 3: the two oldest share the last position
 @pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
 def test_packed_attention_has_values_and_gradients_of_the_padded_one(
     bias: bool,
     positions: bool,
     num_interests: int,
+    max_history: int,
     used: tuple[bool, bool],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
     pooling = AttentivePooling(
-        6, num_interests, attention_dim=11, max_history=5, bias=bias, positions=positions
+        6, num_interests, attention_dim=11, max_history=max_history, bias=bias, positions=positions
     )
     lengths = torch.tensor([1, 5, 2, 4])
     mask = torch.arange(5) >= 5 - lengths[:, None]
