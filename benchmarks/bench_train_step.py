@@ -7,9 +7,11 @@ A step is 128 users, 1,280 shared negatives, 20 history items, width 64, 4 inter
 its batch: sampling users, forward, backward, update. Sides:
     ours               what `distributed-mi train` runs with one worker, batches made by the same thread
     ours, prefetch     the same with its default of a second thread that makes the batches
-    ours, DeepSpeed    ours with the dense part in DeepSpeed (ZeRO 0)
     public, stubbed    the public code without two matrices that it builds for every sample and no model reads
     public, published  the public code as it is
+
+`bench_engine` measures DeepSpeed. It has no side here because its mere import slows the other ones down by a tenth, and
+`distributed-mi train` imports it only where a ZeRO stage asks for it.
 
 No line of the public code is changed; a checkout of it is needed and nothing of it is kept here. From outside come a
 module named `faiss` (it imports the GPU library; no index is asked here) and a `Tensor.cuda` that returns the tensor.
@@ -28,7 +30,7 @@ import torch
 from benchmarks import harness
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.embeddings.group import WorkerGroup
-from distributed_mi.training.config import EngineConfig, ModelChoice, TrainConfig
+from distributed_mi.training.config import ModelChoice, TrainConfig
 from distributed_mi.training.loop import Trainer
 from distributed_mi.training.worker import assemble
 
@@ -36,13 +38,8 @@ from distributed_mi.training.worker import assemble
 class OurSteps:
     """Steps of `distributed-mi train` in this process."""
 
-    def __init__(self, workspace: Workspace, folder: str, *, prefetch: int = 0, engine: str = "auto") -> None:
-        config = TrainConfig(
-            model=ModelChoice(name="remi"),
-            log_every=10**9,
-            prefetch=prefetch,
-            engine=EngineConfig.model_validate({"name": engine}),
-        )
+    def __init__(self, workspace: Workspace, folder: str, *, prefetch: int = 0) -> None:
+        config = TrainConfig(model=ModelChoice(name="remi"), log_every=10**9, prefetch=prefetch)
         run = assemble(config, workspace, folder, WorkerGroup.alone(), lambda model, group: {}, _Silent())
         self.trainer = Trainer(config, run, fs=workspace.fs, metrics_path=f"{folder}/metrics.jsonl")
 
@@ -147,7 +144,7 @@ def main() -> int:
     )
     parser.add_argument("--workspace", required=True, help="a workspace whose prepare stage is complete")
     parser.add_argument("--repeats", type=int, default=9, help="measured calls of each side")
-    parser.add_argument("--steps", type=int, default=20, help="steps in one call")
+    parser.add_argument("--steps", type=int, default=60, help="steps in one call")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the result")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -158,7 +155,6 @@ def main() -> int:
         sides = {
             "ours": OurSteps(workspace, folder),
             "ours, prefetch": OurSteps(workspace, folder, prefetch=2),
-            "ours, DeepSpeed": OurSteps(workspace, folder, engine="deepspeed"),
             "public, stubbed": PublicSteps(args.source, data, num_items, stub_matrices=True),
             "public, published": PublicSteps(args.source, data, num_items, stub_matrices=False),
         }
