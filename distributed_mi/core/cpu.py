@@ -34,7 +34,7 @@ def map_single_threaded(work: Callable[[Piece], Result], pieces: Iterable[Piece]
 
 
 def map_slices(work: Callable[[slice], None], rows: int, numbers_per_row: int) -> None:
-    """Call `work`, which uses neither torch nor the interpreter's lock, on slices that make up `rows`.
+    """Call `work`, which spends its time in kernels that need no interpreter's lock, on slices that make up `rows`.
 
     In this thread where that is as fast, else in as many as torch has been given.
     """

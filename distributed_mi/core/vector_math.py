@@ -73,6 +73,15 @@ def largest32(values_N):
     return float_of_bits(ordered32(largest))
 
 
+@njit(nogil=True, cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
+def dot32(one_D, other_D):
+    """Inner product of float32 vectors in float32, added up in any order."""
+    total = f32(0.0)
+    for d in range(len(one_D)):
+        total += one_D[d] * other_D[d]
+    return total
+
+
 _LINE = 64
 """Bytes of a cache line."""
 

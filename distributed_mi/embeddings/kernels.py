@@ -14,7 +14,7 @@ Shapes:  R rows held here, D width, N gradients, U distinct rows touched; the gr
 import numpy as np
 from numba import njit
 
-from distributed_mi.core.vector_math import fetch_to_read, fetch_to_write
+from distributed_mi.core.vector_math import dot32, fetch_to_read, fetch_to_write
 
 _FAST = {"contract", "reassoc"}
 """NaN and infinity keep their meaning: training stops on them."""
@@ -142,14 +142,6 @@ def adagrad(weight_RD, sums_RD, slots_U, starts_P, order_N, grads_ND, lr, eps):
         _adagrad_row(weight_RD[slot], sums_RD[slot], total_D, np.float32(lr), np.float32(eps))
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def _sum_of_squares(grad_D):
-    total = np.float32(0.0)
-    for d in range(len(grad_D)):
-        total += grad_D[d] * grad_D[d]
-    return total
-
-
 @njit(nogil=True, cache=True, error_model="numpy")
 def row_adagrad(weight_RD, sums_R, slots_U, starts_P, order_N, grads_ND, lr, eps):
     """The same with one sum per row, of the mean squares of its gradients."""
@@ -160,7 +152,7 @@ def row_adagrad(weight_RD, sums_R, slots_U, starts_P, order_N, grads_ND, lr, eps
             fetch_to_write(weight_RD, slots_U[u + _AHEAD])
         _total(u, starts_P, order_N, grads_ND, total_D)
         slot = slots_U[u]
-        sums_R[slot] += _sum_of_squares(total_D) / width
+        sums_R[slot] += dot32(total_D, total_D) / width
         step = np.float32(lr) / (np.sqrt(sums_R[slot]) + np.float32(eps))
         _descend(weight_RD[slot], total_D, step)
 

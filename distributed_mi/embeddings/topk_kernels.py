@@ -14,7 +14,7 @@ Shapes:  B users, K interests, R rows held, t rows of a tile, D width, C places 
 import numpy as np
 from numba import njit
 
-from distributed_mi.core.vector_math import bits_of_float, fetch_to_read, float_of_bits, ordered32
+from distributed_mi.core.vector_math import bits_of_float, dot32, fetch_to_read, float_of_bits, ordered32
 
 _CHUNK = 64
 """Scores of one interest that are compared with the threshold at once."""
@@ -190,15 +190,6 @@ def _settle(query_KD, weight_RD, ids_R, slots_C, scores_C, marks_C, count, k):
     return left
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc"})
-def _near_dot(query_D, row_D):
-    """Inner product in float32, added up in any order."""
-    total = np.float32(0.0)
-    for d in range(len(query_D)):
-        total += query_D[d] * row_D[d]
-    return total
-
-
 @njit(nogil=True, cache=True)
 def _refine(query_KD, weight_RD, slots_C, scores_C, marks_C, count, margin):
     """Approximate scores anew, in float32; `margin` is twice the error of these."""
@@ -213,7 +204,7 @@ def _refine(query_KD, weight_RD, slots_C, scores_C, marks_C, count, margin):
         for interest in range(interests):
             bit = np.int64(1) << min(interest, _BITS - 1)
             if mark & bit:
-                score = _near_dot(query_KD[interest], row_D)
+                score = dot32(query_KD[interest], row_D)
                 if score - margin > best:  # none of the earlier ones can give the score
                     near = np.int64(0)
                 if score >= best - margin:

@@ -26,7 +26,7 @@ from distributed_mi.core.cpu import map_single_threaded
 TILE_ROWS = 512
 """Rows scored at once by a thread."""
 TILE_QUERIES = 512
-"""Interests scored at once by a thread; the tile of scores is 1 MiB at most and stays in the cache."""
+"""Interests scored at once by a thread; the tile of scores is 1 MiB, or half of it in bfloat16."""
 BUFFER_BYTES = 1 << 23
 """Candidates that a thread holds at once."""
 DEVICE_TILE_ROWS = 65_536

@@ -1,8 +1,8 @@
 """Parts of losses on a CPU, compiled: each user's numbers are read while they are in the cache.
 
 The formulas are those of `sampled_softmax.py`, `read_out.py` and `regularizers.py`, which also hold the form for other
-devices. torch's operations would pass over the `[B, N]` scores eleven times, forward and backward, here it is five; on
-the small matrices of the others it is the number of operations that costs.
+devices. Each of torch's operations would pass over the `[B, N]` scores; here they come from memory once forward and
+once backward. On the small matrices of the others it is the number of operations that costs.
 
 Shapes:  B users, N shared negatives, K interests, L positions, D width.
 """
@@ -10,9 +10,10 @@ Shapes:  B users, N shared negatives, K interests, L positions, D width.
 import numpy as np
 from numba import njit
 
-from distributed_mi.core.vector_math import exp32, f32, largest32
+from distributed_mi.core.vector_math import dot32, exp32, f32, largest32
+from distributed_mi.losses.sampled_softmax import MASKED
 
-_MASKED = f32(-1e30)
+_MASKED = f32(MASKED)
 
 # Loops over the negatives are functions of their own, because LLVM makes vector instructions of such only. Sums may be
 # taken in another order (`reassoc`), exponentials may not.
@@ -53,14 +54,6 @@ def _sum(values_N):
     total = f32(0.0)
     for n in range(len(values_N)):
         total += values_N[n]
-    return total
-
-
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
-def _sum_of_squares(values_N):
-    total = f32(0.0)
-    for n in range(len(values_N)):
-        total += values_N[n] * values_N[n]
     return total
 
 
@@ -117,7 +110,7 @@ def softmax_forward(
             sharp = np.float64(num)
         elif beta == 1.0:
             _exponentials_in_place(scores_N, largest)
-            hard = np.float64(_sum_of_squares(scores_N))
+            hard = np.float64(dot32(scores_N, scores_N))
             sharp = np.float64(_sum(scores_N))
         else:
             _exponentials(scores_N, largest, f32(1.0 + beta), other_N)
@@ -185,21 +178,13 @@ def softmax_backward(kept_BN, flow_B, sums_2B, beta, out_BN):
             _flow(kept_BN[b], f32(beta), hard, sharp, out_BN[b])
 
 
-@njit(nogil=True, cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")
-def _dot(one_D, other_D):
-    total = f32(0.0)
-    for d in range(len(one_D)):
-        total += one_D[d] * other_D[d]
-    return total
-
-
 @njit(nogil=True, cache=True, error_model="numpy")
 def pick_closest(interests_BKD, target_rows_BD, best_B, query_BD):
     """The interest with the largest inner product with the target, the first of equals; out: which, and its vector."""
     for b in range(interests_BKD.shape[0]):
-        best, highest = 0, _dot(interests_BKD[b, 0], target_rows_BD[b])
+        best, highest = 0, dot32(interests_BKD[b, 0], target_rows_BD[b])
         for k in range(1, interests_BKD.shape[1]):
-            score = _dot(interests_BKD[b, k], target_rows_BD[b])
+            score = dot32(interests_BKD[b, k], target_rows_BD[b])
             if score > highest:
                 best, highest = k, score
         best_B[b] = best

@@ -10,19 +10,11 @@ the newest item.
 import numpy as np
 from numba import njit
 
-from distributed_mi.core.vector_math import exp32, f32
+from distributed_mi.core.vector_math import dot32, exp32, f32
 
 _FAST = {"contract", "reassoc"}
 
 # Loops over the width are functions of their own, because LLVM makes vector instructions of such only.
-
-
-@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def _dot(one_D, other_D):
-    total = f32(0.0)
-    for d in range(len(one_D)):
-        total += one_D[d] * other_D[d]
-    return total
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
@@ -110,7 +102,7 @@ def _scores_backward(
             mean = f32(0.0)
             for p in range(first, last):
                 slot = places_P[p] % length
-                grad = _dot(grad_D, rows_SD[places_P[p]])
+                grad = dot32(grad_D, rows_SD[places_P[p]])
                 if len(grad_attention_BKL):
                     grad += grad_attention_BKL[b, k, slot]
                 grad_scores_KP[k, p] = grad
