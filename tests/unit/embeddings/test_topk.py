@@ -18,7 +18,7 @@ from torch import Tensor
 
 from distributed_mi.core import cpu
 from distributed_mi.core.errors import InputError
-from distributed_mi.embeddings import topk, topk_shard
+from distributed_mi.embeddings import topk, topk_kernels, topk_shard
 from distributed_mi.embeddings.table import LocalItemTable
 from distributed_mi.embeddings.topk import TopK, local_topk
 
@@ -182,6 +182,19 @@ def test_scores_beyond_the_largest_float_are_infinite_and_ranked_by_id(how: str)
         found = local_topk(weight, torch.arange(60), interests, 9)
     assert same(found, brute_force(weight, torch.arange(60), interests, 9, None))
     assert found.scores_Bk.isinf().any()
+
+
+def test_of_scores_one_bfloat16_unit_apart_either_may_be_the_better() -> None:
+    """Both may have been rounded from the number half way; two units apart they may not."""
+    scores = torch.tensor([0.0, 1.0078125, 1.0, 0.9921875], dtype=torch.bfloat16)
+    slots, near, marks = np.zeros((1, 9), np.int64), np.zeros((1, 9), np.float32), np.zeros((1, 9), np.int64)
+    counts, thresholds = np.zeros(1, np.int64), np.full(1, -np.inf, np.float32)
+    topk_kernels.scan_tile(
+        scores.view(torch.int16).view(1, 1, 4).numpy(), 0, np.zeros((4, 2), np.float32), np.arange(4),
+        np.zeros((1, 1, 2), np.float32), np.full(1, 1e-6, np.float32), np.zeros(2, np.int64),
+        np.zeros(0, np.int64), 1, thresholds, slots, near, marks, counts,
+    )  # fmt: skip
+    assert slots[0, : counts[0]].tolist() == [1, 2]
 
 
 def test_scores_are_the_exact_inner_products_rounded() -> None:
