@@ -141,9 +141,9 @@ class TrainConfig(ConfigModel):
     """Newest checkpoints to keep; the best one is kept besides."""
     log_every: PositiveInt = runtime(50)
     """Steps between two lines of `metrics.jsonl`; losses are checked for NaN at this interval."""
-    prefetch: NonNegativeInt = runtime(2)
-    """Steps whose batches (sampling, padding, negatives, text vectors) a thread of each worker prepares ahead; the
-    numbers are the same. 0: no thread, each step makes its batch first."""
+    prefetch: NonNegativeInt = runtime(8)
+    """Steps whose batches (sampling, padding, negatives, text vectors) each worker prepares ahead: by a thread beside
+    a GPU, so many at once between steps on a CPU. The numbers are the same. 0: each step makes its batch first."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = runtime(None)
     """First and last step (from 1) to trace with torch's profiler on worker 0; the trace is written to `profile` in
     the run's folder. None: off. A traced step is slower, and a trace grows by about a megabyte a step."""

@@ -27,7 +27,7 @@ from distributed_mi.models.base import Recommender
 from distributed_mi.training.checkpoint import CheckpointStore, Keep, ModelSpec
 from distributed_mi.training.config import TrainConfig
 from distributed_mi.training.engine import Engine
-from distributed_mi.training.prefetch import Prefetched, StepSource
+from distributed_mi.training.prefetch import InBlocks, Prefetched, StepSource
 from distributed_mi.training.telemetry import (
     NoTracker,
     Profile,
@@ -104,7 +104,7 @@ class Trainer:
         """Whether `train` ended before its time because `Run.wants_pause` said so."""
         self._pending: list[Tensor] = []
         self._pending_since = 0.0
-        self._source: Prefetched | StepSource | None = None
+        self._source: InBlocks | Prefetched | None = None
         self._meter = StretchMeter(run.table, run.group)
         self._tracker: Tracker = NoTracker()
         self._profile: Profile | None = None
@@ -146,8 +146,8 @@ class Trainer:
         return self.state
 
     def close(self) -> None:
-        """End the thread that prepares batches, and the tracker."""
-        if isinstance(self._source, Prefetched):
+        """End what prepares batches, and the tracker."""
+        if self._source is not None:
             self._source.close()
         self._source = None
         self._tracker.close()
@@ -192,8 +192,9 @@ class Trainer:
         """One step, without looking at its loss, validation or checkpoint."""
         run, state = self.run, self.state
         if self._source is None:
-            depth = self.config.prefetch
-            self._source = Prefetched(run.batches, depth) if depth else run.batches
+            beside = self.config.prefetch > 0 and run.group.device.type != "cpu"
+            ahead = Prefetched if beside else InBlocks
+            self._source = ahead(run.batches, max(1, self.config.prefetch))
         started = time.monotonic()
         if not self._pending:
             self._pending_since = started

@@ -1,7 +1,11 @@
-"""Batches of the next steps, made by a thread while the current step runs.
+"""Batches of the next steps, made before they are asked for.
 
-A step's batches are a function of the step (`loop.StepSource`), so a thread that runs ahead changes nothing but the
-time: after a restart it begins at whatever step is asked for.
+A step's batches are a function of the step, so making them ahead changes nothing but the time: after a restart it
+begins at whatever step is asked for.
+
+Beside a GPU a thread makes them while the step runs. On a CPU it would take turns with training at the interpreter's
+lock; there the batches of some steps are made at once, between steps. Code that runs several times in a row is in the
+caches, so a batch takes half as long (0.16 instead of 0.36 ms for 128 users).
 """
 
 import queue
@@ -23,6 +27,40 @@ class StepSource(Protocol):
 
     def __call__(self, step: int) -> Sequence[TrainBatch]:
         """This worker's share of a step, in `accumulation` parts."""
+
+
+class InBlocks:
+    """A `StepSource` that makes the batches of some steps at once, in the thread that asks.
+
+    Steps are expected in order; another order is right too and begins a new block. An error of the source is raised by
+    the call for the step that it belongs to.
+    """
+
+    def __init__(self, source: StepSource, size: int) -> None:
+        """Wrap a source.
+
+        Args:
+            source: makes the batches.
+            size: steps of a block, at least 1.
+        """
+        self.source, self.size = source, size
+        self.num_users = source.num_users
+        self._ready: dict[int, Sequence[TrainBatch]] = {}
+
+    def __call__(self, step: int) -> Sequence[TrainBatch]:
+        """See `StepSource`."""
+        if step not in self._ready:
+            self._ready = {step: self.source(step)}
+            for later in range(step + 1, step + self.size):
+                try:
+                    self._ready[later] = self.source(later)
+                except Exception:  # comes again when this step is asked for
+                    break
+        return self._ready.pop(step)
+
+    def close(self) -> None:
+        """Forget what is ready."""
+        self._ready = {}
 
 
 class Prefetched:

@@ -1,4 +1,5 @@
-"""A thread that prepares batches: the same numbers, errors in their place, any order of steps, no thread left."""
+"""Batches made ahead, by a thread or in blocks: the same numbers, errors in their place, any order of steps, no thread
+left."""
 
 import threading
 import time
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from distributed_mi.training.prefetch import Prefetched
+from distributed_mi.training.prefetch import InBlocks, Prefetched
 from tests.unit.training.toys import build, config
 
 
@@ -72,6 +73,25 @@ def test_closing_ends_a_thread_that_waits_for_room() -> None:
     assert set(threading.enumerate()) <= before
     assert ready(1) == [10]
     ready.close()
+
+
+def test_blocks_are_made_at_once_by_the_thread_that_asks() -> None:
+    source = Source()
+    ready = InBlocks(source, 3)
+    assert (ready(5), source.asked) == ([50], [5, 6, 7])
+    assert ([ready(6), ready(7)], source.asked) == ([[60], [70]], [5, 6, 7])
+    assert [ready(step) for step in (8, 2, 3, 3, 9)] == [[80], [20], [30], [30], [90]]
+    assert source.threads == {threading.current_thread().name}
+    assert ready.num_users == 3
+
+
+def test_an_error_in_a_block_is_raised_by_the_call_for_its_step() -> None:
+    ready = InBlocks(Source(fails_at=2), 4)
+    assert [ready(0), ready(1)] == [[0], [10]]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="step 2 cannot be made"):
+            ready(2)
+    assert ready(3) == [30]
 
 
 @pytest.mark.parametrize("depth", [1, 2, 7])
