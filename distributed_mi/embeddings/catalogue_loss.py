@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distributed_mi.core.errors import InputError
+from distributed_mi.core.precision import product_dtype
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.storage import RowStore
 
@@ -108,9 +109,7 @@ def full_catalogue_loss(
         raise InputError(
             f"full softmax: interests of shape {tuple(interests_BKD.shape)}, must be [B, K, {store.dim}]"
         )
-    kind = interests_BKD.device.type
-    autocast = torch.is_autocast_enabled(kind)
-    scoring = Scoring(choice, power, torch.get_autocast_dtype(kind) if autocast else torch.float32)
+    scoring = Scoring(choice, power, product_dtype(interests_BKD.device.type) or torch.float32)
     interests_BKD = interests_BKD.float()
     closest_B1D = _closest(interests_BKD, target_rows_BD)
     candidates_BKD = closest_B1D if choice == "target" else interests_BKD

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from distributed_mi.core.cpu import map_slices
+from distributed_mi.core.precision import product, product_dtype
 
 MASKED = -1e30
 """Score of a negative that does not count; finite, so that a row with nothing else has no NaN in its gradient."""
@@ -117,7 +118,8 @@ class _SampledSoftmax(torch.autograd.Function):
         log_q_N: Tensor | None,
         mask_N: Tensor | None,
     ) -> Tensor:
-        scores_BN = query_BD @ negative_rows_ND.T  # in bfloat16 under autocast
+        ctx.dtype = product_dtype(query_BD.device.type)
+        scores_BN = product(query_BD, negative_rows_ND.T, ctx.dtype)
         form = _compiled if scores_BN.device.type == "cpu" and scores_BN.dtype == torch.float32 else _by_torch
         target_B = target_scores(query_BD, target_rows_BD)
         if target_log_q_B is not None:
@@ -132,11 +134,11 @@ class _SampledSoftmax(torch.autograd.Function):
         flow_B = grads[0] * probability_B
         d_BN = ctx.flow(flow_B, *kept)
         flow_B1 = flow_B[:, None]
-        grad_query_BD = torch.addcmul(d_BN @ negative_ND.to(d_BN.dtype), flow_B1, target_BD, value=-1)
-        grad_negative_ND = d_BN.T @ query_BD.to(d_BN.dtype)
+        grad_query_BD = product(d_BN, negative_ND.to(d_BN.dtype), ctx.dtype)
+        grad_negative_ND = product(d_BN.T, query_BD.to(d_BN.dtype), ctx.dtype)
         grad_target_BD = -flow_B1 * query_BD
         return (
-            grad_query_BD.to(query_BD.dtype),
+            torch.addcmul(grad_query_BD, flow_B1, target_BD, value=-1).to(query_BD.dtype),
             grad_target_BD.to(target_BD.dtype),
             grad_negative_ND.to(negative_ND.dtype),
             None,

@@ -155,7 +155,7 @@ def pool_backward(
         hidden_PA: tanh.
         grad_scores_KP: out.
         grad_rows_SD: added to.
-        flow_PA: out, gradient of what tanh was taken of.
+        flow_PA: out, gradient of what tanh was taken of, in its first P rows.
         grad_bias_A: added to, sum of `flow_PA`.
     """
     _scores_backward(

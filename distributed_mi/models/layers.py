@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distributed_mi.core.precision import product, product_dtype
+
 
 def kaiming_normal(*shape: int, fan_in: int) -> nn.Parameter:
     """A parameter with values from N(0, 2 / fan_in), as REMI's code starts every tensor."""
@@ -72,8 +74,7 @@ class AttentivePooling(nn.Module):
 
     def _can_be_packed(self, rows_BLD: Tensor) -> bool:
         """Whether the compiled form can do it; on other devices the host would wait for the device to find places."""
-        plain = rows_BLD.device.type == "cpu" and rows_BLD.dtype == self.inner_DA.dtype == torch.float32
-        return plain and not torch.is_autocast_enabled("cpu")
+        return rows_BLD.device.type == "cpu" and rows_BLD.dtype == self.inner_DA.dtype == torch.float32
 
     def _scores(self, rows_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """Attention before the softmax, -inf on padding."""
@@ -88,7 +89,8 @@ class AttentivePooling(nn.Module):
 class _PackedPooling(torch.autograd.Function):
     """`AttentivePooling` from the real places alone, for a CPU; see `kernels`.
 
-    Products with the K columns of W2 are taken transposed, which is four times faster for a K of a few.
+    Products with the K columns of W2 are taken transposed, which is four times faster for a K of a few. Those stay in
+    float32 under autocast: they are too thin to gain.
     """
 
     @staticmethod
@@ -107,13 +109,15 @@ class _PackedPooling(torch.autograd.Function):
         rows_BLD = rows_BLD.contiguous()
         rows_SD, mask = rows_BLD.view(batch * length, dim).numpy(), mask_BL.contiguous().numpy()
         places, starts = np.empty(np.count_nonzero(mask), np.int64), np.empty(batch + 1, np.int64)
-        keys = np.empty((len(places), dim), np.float32)
+        ctx.dtype = product_dtype("cpu")
+        keys = _with_spare_rows(len(places), dim, ctx.dtype)
         positions = _NONE if by_distance_MD is None else by_distance_MD.contiguous().numpy()
         kernels.gather_keys(mask, rows_SD, positions, places, starts, keys)
         keys_PD = torch.from_numpy(keys)
-        hidden_PA = keys_PD @ inner_DA if bias_A is None else torch.addmm(bias_A, keys_PD, inner_DA)
-        kernels.tanh_in_place(hidden_PA.view(-1).numpy())
-        scores_KP = (outer_AK.T @ hidden_PA.T).numpy()
+        with torch.autocast("cpu", enabled=False):
+            hidden_PA = _affine(keys_PD, inner_DA, bias_A, ctx.dtype)[: len(places)]
+            kernels.tanh_in_place(hidden_PA.view(-1).numpy())
+            scores_KP = (outer_AK.T @ hidden_PA.T).numpy()
         attention = np.zeros((batch, num_interests, length), np.float32)
         interests = np.zeros((batch, num_interests, dim), np.float32)
         kernels.pool_forward(scores_KP, rows_SD, places, starts, attention, interests)
@@ -137,7 +141,7 @@ class _PackedPooling(torch.autograd.Function):
         grad_attention = _NONE[None][:0] if grads[1] is None else grads[1].contiguous().numpy()
         grad_scores = np.empty((num_interests, len(ctx.places)), np.float32)
         grad_rows = np.zeros(rows_SD.shape, np.float32)
-        flow = np.empty(hidden_PA.shape, np.float32)
+        flow = _with_spare_rows(len(ctx.places), hidden_PA.shape[1], ctx.dtype)
         grad_bias = np.zeros(hidden_PA.shape[1], np.float32)
         kernels.pool_backward(
             grad_interests,
@@ -155,15 +159,40 @@ class _PackedPooling(torch.autograd.Function):
         )
         flow_PA = torch.from_numpy(flow)
         grad_positions = np.zeros((ctx.distances, dim), np.float32)
-        kernels.scatter_keys((flow_PA @ inner_DA.T).numpy(), ctx.places, length, grad_rows, grad_positions)
+        grad_keys = product(flow_PA, inner_DA.T, ctx.dtype).numpy()
+        kernels.scatter_keys(grad_keys, ctx.places, length, grad_rows, grad_positions)
         return (
             torch.from_numpy(grad_rows).view(rows_BLD.shape),
             None,
             torch.from_numpy(grad_positions) if ctx.distances else None,
-            keys_PD.T @ flow_PA,
+            product(keys_PD.T, flow_PA, ctx.dtype),
             torch.from_numpy(grad_bias) if ctx.has_bias else None,
             (torch.from_numpy(grad_scores) @ hidden_PA).T,
         )
+
+
+_SHAPE_ROWS = 64
+
+
+def _with_spare_rows(rows: int, width: int, dtype: torch.dtype | None) -> np.ndarray:
+    """Room for rows as the factor of a product, filled up with zeros where its number of rows matters.
+
+    Products in bfloat16 are compiled anew for each shape (oneDNN, a quarter of a millisecond), and each batch has
+    another number of real places.
+    """
+    spare = 0 if dtype is None else -rows % _SHAPE_ROWS
+    out = np.empty((rows + spare, width), np.float32)
+    out[rows:] = 0.0
+    return out
+
+
+def _affine(x_PD: Tensor, weight_DA: Tensor, bias_A: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    """`x @ weight + bias` as float32, of factors rounded to a dtype, if any."""
+    if bias_A is None:
+        return product(x_PD, weight_DA, dtype)
+    if dtype is None:
+        return torch.addmm(bias_A, x_PD, weight_DA)
+    return torch.addmm(bias_A.to(dtype), x_PD.to(dtype), weight_DA.to(dtype)).float()
 
 
 _NONE = np.empty((0, 0), np.float32)

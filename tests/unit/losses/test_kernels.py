@@ -76,6 +76,19 @@ def test_compiled_and_torch_forms_agree(
     torch.testing.assert_close(compiled, losses_and_gradients(values, **options), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_products_are_rounded_under_autocast_and_nothing_else_is(beta: float) -> None:
+    """Eight bits of mantissa: losses and gradients are other ones, within two percent, and stay float32."""
+    values = problem()
+    exact = losses_and_gradients(values, beta=beta)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = losses_and_gradients(values, beta=beta)
+    for one, other in zip(rounded, exact, strict=True):
+        assert one.dtype == torch.float32
+        assert not torch.equal(one, other)
+        assert (one - other).norm() < 0.02 * other.norm()
+
+
 def test_a_gradient_may_be_taken_twice() -> None:
     values = problem()
     losses = sampled_softmax(**values, beta=1.0)

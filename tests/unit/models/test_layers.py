@@ -35,13 +35,34 @@ def test_packed_attention_has_values_and_gradients_of_the_padded_one(
         return list(found), torch.autograd.grad(total, leaves)
 
     packed = run()
-    monkeypatch.setattr(
-        torch, "is_autocast_enabled", lambda device: True
-    )  # the padded form, in float32 all the same
+    monkeypatch.setattr(AttentivePooling, "_can_be_packed", lambda self, rows: False)
     padded = run()
     torch.testing.assert_close(packed, padded, rtol=1e-5, atol=2e-6)
     attention = packed[0][1]
     assert attention.masked_select(~mask[:, None, :].expand_as(attention)).abs().max() == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_attention_rounds_the_factors_of_its_large_products_under_autocast(bias: bool) -> None:
+    """Eight bits of mantissa: values and gradients are other ones, within a percent, and stay float32."""
+    torch.manual_seed(0)
+    pooling = AttentivePooling(16, 3, attention_dim=64, max_history=9, bias=bias, positions=True)
+    mask = torch.arange(9) >= 9 - torch.randint(1, 10, (40, 1))
+    rows = torch.randn(40, 9, 16, requires_grad=True)
+    weight = torch.randn(40, 3, 16)
+
+    def gradients(precision: torch.dtype | None) -> list[torch.Tensor]:
+        with torch.autocast("cpu", precision, enabled=precision is not None):
+            interests, attention = pooling(rows, mask)
+        assert interests.dtype == attention.dtype == torch.float32
+        torch.testing.assert_close(attention.sum(2), torch.ones(40, 3))
+        found = torch.autograd.grad((interests * weight).sum(), [rows, *pooling.parameters()])
+        return [interests, *found]
+
+    exact, rounded = gradients(None), gradients(torch.bfloat16)
+    for one, other in zip(rounded, exact, strict=True):
+        assert not torch.equal(one, other)
+        assert (one - other).norm() < 0.01 * other.norm()
 
 
 def test_a_worker_without_users_has_no_interests() -> None:
