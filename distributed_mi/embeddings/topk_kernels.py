@@ -59,6 +59,13 @@ def largest_norms(weight_RD):
     return np.sqrt(largest), np.sqrt(largest_rest)
 
 
+@njit(nogil=True, cache=True)
+def norms_of_users(interests_BKD, norms_B, rests_B):
+    """The same of each user's interests, out."""
+    for b in range(len(interests_BKD)):
+        norms_B[b], rests_B[b] = largest_norms(interests_BKD[b])
+
+
 # Loops over a tile are functions of their own, because LLVM makes vector instructions of such only. A key is the bits
 # of a score with those below the sign turned over where it is negative: int16 of bfloat16, int32 of float32.
 

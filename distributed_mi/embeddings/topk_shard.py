@@ -23,10 +23,10 @@ from torch import Tensor
 
 from distributed_mi.core.cpu import map_single_threaded
 
-TILE_ROWS = 512
+TILE_ROWS = 2_048
 """Rows scored at once by a thread."""
 TILE_QUERIES = 512
-"""Interests scored at once by a thread; the tile of scores is 1 MiB, or half of it in bfloat16."""
+"""Interests scored at once by a thread; the tile of scores is 4 MiB, or half of it in bfloat16."""
 BUFFER_BYTES = 1 << 23
 """Candidates that a thread holds at once."""
 DEVICE_TILE_ROWS = 65_536
@@ -67,13 +67,15 @@ def shard_topk(
         return keys_Bk, chosen_Bk
     compiled = _is_compiled(weight_RD)
     norm, rest = _largest_norms(weight_RD, compiled)
+    own_B, rest_B = _norms(interests_BKD, compiled)
     dtype = _approximate_dtype() if compiled else torch.float32
-    margins_B = _margins(interests_BKD, norm, ids_R, rest if dtype == torch.bfloat16 else None)
+    margins = partial(_margins, own_B, norm, ids_R, interests_BKD)
+    margins_B = margins((rest_B, rest) if dtype == torch.bfloat16 else None)
     bad = torch.isnan(margins_B)
     if not bool(bad.all()):
         work = _torch_topk
         if compiled:
-            fine_B = margins_B if dtype == torch.float32 else _margins(interests_BKD, norm, ids_R)
+            fine_B = margins_B if dtype == torch.float32 else margins()
             work = partial(_compiled_topk, dtype=dtype, fine_margins_B=fine_B.masked_fill(bad, 0.0))
         calm_BKD = interests_BKD.masked_fill(bad[:, None, None], 0.0)
         work(weight_RD, ids_R, calm_BKD, k, margins_B.masked_fill(bad, 0.0), seen_M2, keys_Bk, chosen_Bk)
@@ -104,30 +106,53 @@ def _largest_norms(weight_RD: Tensor, compiled: bool) -> tuple[float, float]:
     return (float(largest) if bool(largest.isfinite()) else float("nan")), 0.0
 
 
-def _margins(interests_BKD: Tensor, norm: float, ids_R: Tensor, rest: float | None = None) -> Tensor:
-    """Twice the largest error of an approximate score of each user, float32; `rest` for products of bfloat16 vectors.
+def _norms(interests_BKD: Tensor, compiled: bool) -> tuple[Tensor, Tensor]:
+    """Largest norm of each user's interests, and of what rounding to bfloat16 takes from one, float64.
+
+    Not finite where an interest is not.
+    """
+    if compiled:
+        from distributed_mi.embeddings import topk_kernels
+
+        norms_2B = interests_BKD.new_empty((2, len(interests_BKD)), dtype=torch.float64)
+        topk_kernels.norms_of_users(interests_BKD.contiguous().numpy(), *norms_2B.numpy())
+        own_B, rest_B = norms_2B
+        return own_B, rest_B
+    own_B = interests_BKD.double().square().sum(dim=2).amax(dim=1).sqrt()
+    return own_B, torch.zeros_like(own_B)
+
+
+def _margins(
+    own_B: Tensor,
+    norm: float,
+    ids_R: Tensor,
+    interests_BKD: Tensor,
+    rests: tuple[Tensor, float] | None = None,
+) -> Tensor:
+    """Twice the largest error of an approximate score of each user, float32.
 
     NaN where a score is not finite whatever the approximation; infinite where the approximation may overflow; 0 where
     every score is 0 (a user without interests, a table of zeros) and the ids ascend.
+
+    Args:
+        own_B: largest norm of each user's interests.
+        norm: largest norm of a row.
+        ids_R: ids of the rows.
+        interests_BKD: for their width and device.
+        rests: norms of what rounding takes from interests and rows, for products of bfloat16 vectors.
     """
     width = interests_BKD.shape[2]
-    own_B = _norms(interests_BKD)
     own_B = own_B.masked_fill(own_B.isinf(), torch.nan)
     gamma = _relative_error(interests_BKD.device.type, width)
     underflow = _TINY * (width + width**0.5 * (own_B + norm))
     error_B = gamma * own_B * norm + underflow
-    if rest is not None:
-        error_B = error_B + _norms(interests_BKD - interests_BKD.bfloat16().float()) * norm + own_B * rest
+    if rests is not None:
+        error_B = error_B + rests[0] * norm + own_B * rests[1]
         error_B = error_B * (1.0 + 2.0**-7)  # the rounded vectors' norms
     error_B = error_B.masked_fill(own_B * norm >= 2.0**126, torch.inf)
     if bool((ids_R[1:] > ids_R[:-1]).all()):
         error_B = error_B.masked_fill(own_B * norm == 0.0, 0.0)
     return (2.02 * error_B).float()
-
-
-def _norms(interests_BKD: Tensor) -> Tensor:
-    """Largest norm of a user's interests, float64."""
-    return interests_BKD.double().square().sum(dim=2).amax(dim=1).sqrt()
 
 
 def _relative_error(device: str, width: int) -> float:

@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
+_COMPARED_AT_ONCE = 1 << 20
+"""Items of lists that are compared with a label at once: 8 MiB."""
+
 
 @dataclass(frozen=True)
 class CatalogueInfo:
@@ -80,8 +83,14 @@ class RankedLists:
     @cached_property
     def hits(self) -> NDArray[np.bool_]:
         """Whether the item at each rank is one of the user's labels, bool `[U, N]`."""
-        keys = np.arange(self.num_users)[:, None] * self._stride + self.ranked_UN
-        return np.isin(keys, self._distinct_keys, assume_unique=False) & (self.ranked_UN > 0)
+        hits_UN = np.zeros(self.ranked_UN.shape, dtype=bool)
+        user_S = np.repeat(np.arange(self.num_users), self.num_labels)
+        at_once = max(1, _COMPARED_AT_ONCE // max(1, self.ranked_UN.shape[1]))
+        for start in range(0, len(user_S), at_once):
+            user_s, label_s = user_S[start : start + at_once], self.labels_S[start : start + at_once]
+            label, rank = np.nonzero(self.ranked_UN[user_s] == label_s[:, None])
+            hits_UN[user_s[label], rank] = True
+        return hits_UN & (self.ranked_UN > 0)
 
     def num_hits(self, k: int) -> Ints:
         """Hits among the first k ranks, int64 `[U]`."""
