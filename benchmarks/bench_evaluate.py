@@ -7,9 +7,10 @@
 `memory` evaluates random users with a REMI model of random weights in a process of its own and reports seconds and
 how far its resident memory rose above what table, model and users take.
 
-`beauty` evaluates the test users with one model of the public code (github.com/Tokkiu/REMI, random weights), so that
-all sides rank the same interests against the same items; that they agree in Recall@50 is checked. Sides:
-    ours               `rank_share` and the metrics, around the public model's forward pass
+`beauty` evaluates the test users with the same random weights in our REMI and in that of the public code
+(github.com/Tokkiu/REMI), each side in a process of its own; that they agree in Recall@50 is checked. Vectors of
+positions are zero, because the public model counts positions from the other end. Sides:
+    ours               `rank_share` and the metrics
     public, stubbed    its `evaluate` without two matrices that its loader builds for every user and no model reads
     public, published  its `evaluate` as it is
 
@@ -26,6 +27,7 @@ import tempfile
 import time
 import types
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +37,18 @@ import torch
 
 from benchmarks import harness
 from benchmarks.bench_train_step import load_public_code
+from benchmarks.processes import OwnProcess
 from distributed_mi.core.artifacts import Workspace
-from distributed_mi.core.config import ConfigModel
 from distributed_mi.core.registry import resolve
 from distributed_mi.data.batches import Sequences
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import SGD
-from distributed_mi.embeddings.table import ItemTable, LocalItemTable
+from distributed_mi.embeddings.table import LocalItemTable
 from distributed_mi.evaluation import scoring
 from distributed_mi.evaluation.metrics.base import CatalogueInfo, RankedLists
 from distributed_mi.evaluation.protocol import Cases, load_cases
 from distributed_mi.evaluation.topk import rank_share
-from distributed_mi.models.base import HistoryBatch, Recommender, UserState
+from distributed_mi.models.base import Recommender
 
 METRICS = ("recall@50", "hit_rate@50", "ndcg_hits@50")
 """What the public loop computes, in our names."""
@@ -148,23 +150,6 @@ def cpu_faiss(threads: int) -> types.ModuleType:
     return module
 
 
-class PublicEncoder(Recommender):
-    """The public model behind our interface: real items first, padding after them, as it was trained to read."""
-
-    class Config(ConfigModel):
-        """Nothing to choose."""
-
-    def __init__(self, public: Any, *, items: ItemTable, max_history: int) -> None:
-        super().__init__(self.Config(), items=items, max_history=max_history)
-        self.public = public
-
-    def encode_rows(self, history: HistoryBatch, history_rows_BLD: torch.Tensor) -> UserState:
-        """Interests by its forward pass, which looks its rows up itself."""
-        order = torch.argsort(~history.mask_BL, dim=1, stable=True)
-        ids, mask = history.item_ids_BL.gather(1, order), history.mask_BL.gather(1, order).long()
-        return UserState(self.public(ids, None, mask, None, torch.device("cpu"), train=False)[0])
-
-
 def write_users(cases: Cases, path: Path) -> None:
     """Write the users in the public loader's format; the last column, by which it sorts, carries the position."""
     with open(path, "w", encoding="utf-8") as stream:
@@ -173,59 +158,79 @@ def write_users(cases: Cases, path: Path) -> None:
             stream.writelines(f"{user},{item},{n},{n}\n" for n, item in enumerate(events.tolist()))
 
 
-def public_sides(
-    source: Path, data: Path, num_items: int, threads: int
-) -> tuple[Any, dict[str, Callable[[], dict[str, float]]]]:
-    """The public model, and its evaluation with and without the two matrices."""
-    sys.modules["faiss"] = cpu_faiss(threads)
-    utils = load_public_code(source)
-    public_evaluation = importlib.import_module("evalution")
-    device = torch.device("cpu")
+def public_model(payload: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """The public model with random weights, its options and its `utils`."""
+    sys.modules["faiss"] = cpu_faiss(payload["threads"])
+    utils = load_public_code(Path(payload["source"]))
     options = utils.get_parser().parse_args(
         ["--model_type", "REMI", "--rlambda", "100", "--rbeta", "1", "--dataset", "beauty"]
     )
     utils.setup_seed(2021)
-    model = utils.get_model("beauty", "REMI", num_items + 1, 128, 64, 4, 20, args=options, device=device)
+    device = torch.device("cpu")
+    model = utils.get_model(
+        "beauty", "REMI", payload["items"] + 1, 128, 64, 4, 20, args=options, device=device
+    )
     model.set_device(device)
     model.eval()
-    torch.nn.init.normal_(model.embeddings.weight, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
+        model.embeddings.weight.normal_(generator=torch.Generator().manual_seed(1))
         model.embeddings.weight[0] = 0.0
+        model.position_embedding.zero_()
+    return model, options, utils
 
-    def side(stub_matrices: bool) -> Callable[[], dict[str, float]]:
-        loader = utils.get_DataLoader(str(data), 128, 20, train_flag=0, args=options)
-        if stub_matrices:
-            loader.dataset.compute_time_matrix = lambda times, n: 0
-            loader.dataset.compute_adj_matrix = lambda mask, n: 0
-        return lambda: public_evaluation.evaluate(model, loader, 64, device, 50, args=options)
 
-    return model, {"public, stubbed": side(True), "public, published": side(False)}
+def our_model(public: Any) -> Recommender:
+    """Our REMI with the weights of the public one."""
+    rows = public.embeddings.weight.detach()
+    items = LocalItemTable(*rows.shape, optimizer=SGD())
+    items.assign(torch.arange(len(rows)), {"weight": rows})
+    owner = resolve("model", "remi")
+    model: Recommender = owner(owner.Config(num_interests=4, bias=False), items=items, max_history=20)
+    model.load_state_dict(
+        {
+            "pooling.inner_DA": public.linear1[0].weight.T,
+            "pooling.outer_AK": public.linear2.weight.T,
+            "pooling.positions.by_distance_LD": public.position_embedding[0],
+        }
+    )
+    return model
+
+
+def make_side(payload: dict[str, Any]) -> Callable[[], float | None]:
+    """One evaluation by a side; returns Recall@50."""
+    torch.set_num_threads(payload["threads"])
+    public, options, utils = public_model(payload)
+    if payload["side"] == "ours":
+        model, cases = our_model(public), load_cases(Workspace(payload["workspace"]), "test")
+        return lambda: evaluate(model, Cases(cases.sequences, cases.rows))["recall@50"]
+    loader = utils.get_DataLoader(payload["data"], 128, 20, train_flag=0, args=options)
+    if payload["side"] == "public, stubbed":
+        loader.dataset.compute_time_matrix = lambda times, n: 0
+        loader.dataset.compute_adj_matrix = lambda mask, n: 0
+    loop = importlib.import_module("evalution").evaluate
+    return lambda: float(loop(public, loader, 64, torch.device("cpu"), 50, args=options)["recall"])
 
 
 def beauty(args: argparse.Namespace) -> int:
     """Measure the sides in turn and write the result."""
-    torch.set_num_threads(args.threads)
     workspace = Workspace(args.workspace)
     cases = load_cases(workspace, "test")
     num_items = workspace.stage("prepare").require().rows["items"]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
         data = Path(folder) / "test.txt"
         write_users(cases, data)
-        public, sides = public_sides(args.source, data, num_items, args.threads)
-        items = LocalItemTable(num_items + 1, 64, optimizer=SGD())
-        items.assign(torch.arange(num_items + 1), {"weight": public.embeddings.weight.detach()})
-        model = PublicEncoder(public, items=items, max_history=20)
-
-        def ours() -> dict[str, float | None]:
-            return evaluate(model, Cases(cases.sequences, cases.rows))
-
-        found, theirs = ours(), sides["public, stubbed"]()
-        recalls = {"ours": found["recall@50"], "public": theirs["recall"]}
+        payload = {"source": str(args.source), "workspace": args.workspace, "data": str(data)}
+        payload |= {"items": num_items, "threads": args.threads}
+        sides = {}
+        for name in ("ours", "public, stubbed", "public, published"):
+            side = OwnProcess("benchmarks.bench_evaluate:make_side", payload | {"side": name})
+            sides[name] = processes.enter_context(side)
+        recalls = {name: side() for name, side in sides.items()}
         print(f"Recall@50: {recalls}")
-        if abs(float(found["recall@50"] or 0.0) - theirs["recall"]) > 1e-9:
-            raise RuntimeError(f"the sides do not agree: {found} and {theirs}")
+        if max(recalls.values()) - min(recalls.values()) > 1e-9:
+            raise RuntimeError(f"the sides do not agree: {recalls}")
         result = harness.compare(
-            {"ours": ours, **sides},
+            sides,
             unit="evaluation",
             repeats=args.repeats,
             warmup=1,
@@ -237,9 +242,8 @@ def beauty(args: argparse.Namespace) -> int:
             },
         )
     notes = (
-        "All test users of the workspace against all items, width 64, 4 interests, top 50, one model on all sides. "
-        "Favours the public side in this: its index is faiss's, compiled; ours also counts the encoding of one padded "
-        "chunk. Favours ours: nothing that we know of."
+        "All test users of the workspace against all items, width 64, 4 interests, top 50, the same weights on all "
+        "sides, each in a process of its own. The index of the public side is faiss's, compiled."
     )
     path = harness.write("evaluate_beauty", result, notes=notes, hardware=args.hardware, folder=args.results)
     print(path.read_text())

@@ -5,8 +5,7 @@
 
 A step is 128 users, 1,280 shared negatives, 20 history items, width 64, 4 interests, lambda 100, beta 1, Adam, with
 its batch: sampling users, forward, backward, update. Sides:
-    ours               what `distributed-mi train` runs with one worker, batches made by the same thread
-    ours, prefetch     the same with its default of a second thread that makes the batches
+    ours               what `distributed-mi train` runs with one worker
     public, stubbed    the public code without two matrices that it builds for every sample and no model reads
     public, published  the public code as it is
 
@@ -22,24 +21,28 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import harness
+from benchmarks.processes import OwnProcess
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.training.config import ModelChoice, TrainConfig
 from distributed_mi.training.loop import Trainer
 from distributed_mi.training.worker import assemble
 
+OURS, STUBBED, PUBLISHED = "ours", "public, stubbed", "public, published"
+
 
 class OurSteps:
     """Steps of `distributed-mi train` in this process."""
 
-    def __init__(self, workspace: Workspace, folder: str, *, prefetch: int = 0) -> None:
-        config = TrainConfig(model=ModelChoice(name="remi"), log_every=10**9, prefetch=prefetch)
+    def __init__(self, workspace: Workspace, folder: str) -> None:
+        config = TrainConfig(model=ModelChoice(name="remi"), log_every=10**9)
         run = assemble(config, workspace, folder, WorkerGroup.alone(), lambda model, group: {}, _Silent())
         self.trainer = Trainer(config, run, fs=workspace.fs, metrics_path=f"{folder}/metrics.jsonl")
 
@@ -124,11 +127,19 @@ def write_training_users(workspace: Workspace, path: Path) -> int:
     return prepare.require().rows["items"]
 
 
-def repeated(step: Callable[[], None], times: int) -> Callable[[], None]:
-    """A call of `times` steps."""
+def make_side(payload: dict[str, Any]) -> Callable[[], None]:
+    """A call of some steps of one side."""
+    torch.set_num_threads(1)
+    side, folder = payload["side"], payload["folder"]
+    step: Callable[[], None]
+    if side == OURS:
+        step = OurSteps(Workspace(payload["workspace"]), folder)
+    else:
+        data, stub = Path(folder) / "train.txt", side == STUBBED
+        step = PublicSteps(Path(payload["source"]), data, payload["items"], stub_matrices=stub)
 
     def run() -> None:
-        for _ in range(times):
+        for _ in range(payload["steps"]):
             step()
 
     return run
@@ -147,25 +158,26 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=60, help="steps in one call")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the result")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    workspace = Workspace(args.workspace)
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "train.txt"
-        num_items = write_training_users(workspace, data)
-        sides = {
-            "ours": OurSteps(workspace, folder),
-            "ours, prefetch": OurSteps(workspace, folder, prefetch=2),
-            "public, stubbed": PublicSteps(args.source, data, num_items, stub_matrices=True),
-            "public, published": PublicSteps(args.source, data, num_items, stub_matrices=False),
-        }
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as processes:
+        workspace = Workspace(args.workspace)
+        num_items = write_training_users(workspace, Path(folder) / "train.txt")
+        common = {"workspace": args.workspace, "source": str(args.source), "folder": folder}
+        common |= {"items": num_items, "steps": args.steps}
+        sides = {}
+        for name in (OURS, STUBBED, PUBLISHED):
+            side = OwnProcess("benchmarks.bench_train_step:make_side", common | {"side": name})
+            sides[name] = processes.enter_context(side)
         result = harness.compare(
-            {name: repeated(step, args.steps) for name, step in sides.items()},
+            sides,
             unit=f"{args.steps} steps of 128 users",
             repeats=args.repeats,
             warmup=2,
             extra={"items": num_items, "users": workspace.stage("prepare").require().rows["train"]},
         )
-    notes = "One thread each. Lazy Adam on the item table here, dense Adam there."
+    notes = (
+        "One thread and a process of its own for each side; the sides take turns. Lazy Adam on the item table here, "
+        "dense Adam there."
+    )
     print(harness.write("train_step", result, notes=notes, folder=args.results).read_text())
     return 0
 
