@@ -3,13 +3,18 @@
 A lookup is three exchanges: how many rows of each worker are wanted, which, and the rows. Ids are de-duplicated
 first, over all id tensors of the call, so a popular item and the padding travel once per worker and step. Backward
 sends the summed row gradients back the same way, and the owner adds what it gets from all workers: the gradient of
-the step is the sum of the workers' partial losses (`LossTerms.total`). Nobody waits for them before `step`: they travel
-while the dense gradients are reduced and applied, and while the next accumulation part is computed.
+the step is the sum of the workers' partial losses (`LossTerms.total`).
+
+Only the rows have to be waited for where they are needed. A lookup that is announced has its counts on their way before
+the rows of the one before it, and its ids while the model computes on those. Row gradients travel while the dense
+gradients are reduced and applied, and while the next accumulation part is computed.
 
 Shapes:  V rows, D width, W workers, U distinct ids of this worker's lookup.
 """
 
 import time
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,31 +83,25 @@ class ShardedItemTable(ItemTable):
         self._bounds_W1 = torch.arange(group.size + 1, device=device) * self.placement.capacity
         self._first_hot_key = group.size * self.placement.capacity
         self._on_their_way: list[tuple[Tensor, Exchange]] = []
+        self._announced: deque[_Announced] = deque()
         self._hot = HotRows(min(replicated_rows, num_rows), self.store, self.placement, group)
 
     def lookup(self, *ids: Tensor) -> list[Tensor]:
         """See `ItemTable.lookup`."""
-        flat = torch.cat([i.reshape(-1) for i in ids])
-        check_ids(flat, self.num_rows)
         self._hot.refresh()
-        return list(_ExchangedRows.apply(self._anchor, self, self._route(flat), [i.shape for i in ids]))
+        if self._announced and self._announced[0].is_of(ids):
+            coming = self._announced.popleft()
+        else:
+            coming = _Announced(self, ids)
+        return list(_ExchangedRows.apply(self._anchor, self, coming.route(), [i.shape for i in ids]))
 
-    def _route(self, flat: Tensor) -> "_Route":
-        """Who sends what to whom for a lookup: two exchanges, of counts and of slots."""
-        keys = self.placement.key(flat)
-        if self._hot.num_rows:
-            keys = torch.where(flat < self._hot.num_rows, self._first_hot_key + flat, keys)
-        # Keys sort by owner, so each worker's part is one run; the replicated rows come last.
-        keys_U, inverse = torch.unique(keys, return_inverse=True)
-        send = torch.searchsorted(keys_U, self._bounds_W1).diff().tolist()
-        cold, hot = keys_U.tensor_split([sum(send)])
-        started = time.perf_counter()
-        slots, receive = self.group.all_to_all_rows(cold.remainder(self.placement.capacity), send)
-        self.counters.exchange_seconds += time.perf_counter() - started
-        self.counters.ids += len(flat)
-        self.counters.unique_ids += len(keys_U)
-        self.counters.exchanged_bytes += 8 * (sum(send) - send[self.group.rank])
-        return _Route(slots, inverse, hot - self._first_hot_key, send, receive)
+    def announce(self, *ids: Tensor) -> None:
+        """See `ItemTable.announce`."""
+        self._announced.append(_Announced(self, ids))
+
+    def forget_announced(self) -> None:
+        """See `ItemTable.forget_announced`."""
+        self._announced.clear()
 
     def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Exchange float32 rows at the width of `exchange_dtype`."""
@@ -181,6 +180,55 @@ class _Route:
     receive: list[int]
 
 
+class _Announced:
+    """A lookup of which the owners are being told: how many rows they are asked for, then which."""
+
+    def __init__(self, table: ShardedItemTable, ids: Sequence[Tensor]) -> None:
+        self.table, self.ids = table, ids
+        flat = torch.cat([i.reshape(-1) for i in ids])
+        check_ids(flat, table.num_rows)
+        keys = table.placement.key(flat)
+        if table._hot.num_rows:
+            keys = torch.where(flat < table._hot.num_rows, table._first_hot_key + flat, keys)
+        # Keys sort by owner, so each worker's part is one run; the replicated rows come last.
+        keys_U, self.inverse = torch.unique(keys, return_inverse=True)
+        counts_W = torch.searchsorted(keys_U, table._bounds_W1).diff()
+        self.send: list[int] = counts_W.tolist()
+        cold, hot = keys_U.tensor_split([sum(self.send)])
+        self.wanted, self.hot_ids = cold.remainder(table.placement.capacity), hot - table._first_hot_key
+        self.receive: list[int] = []
+        one_each = [1] * table.group.size
+        self.counts = table.group.start_exchange(counts_W, one_each, one_each)
+        self.slots: Exchange | None = None
+        table.counters.ids += len(flat)
+        table.counters.unique_ids += len(keys_U)
+        table.counters.exchanged_bytes += 8 * (sum(self.send) - self.send[table.group.rank])
+
+    def is_of(self, ids: Sequence[Tensor]) -> bool:
+        """Whether these are the tensors that were announced."""
+        same = (
+            a.data_ptr() == b.data_ptr() and a.shape == b.shape for a, b in zip(ids, self.ids, strict=True)
+        )
+        return len(ids) == len(self.ids) and all(same)
+
+    def ask(self) -> None:
+        """Send the slots when the counts are known."""
+        if self.slots is None:
+            started = time.perf_counter()
+            self.receive = self.counts.wait().tolist()
+            self.slots = self.table.group.start_exchange(self.wanted, self.send, self.receive)
+            self.table.counters.exchange_seconds += time.perf_counter() - started
+
+    def route(self) -> _Route:
+        """Wait for what the others ask for."""
+        self.ask()
+        assert self.slots is not None
+        started = time.perf_counter()
+        slots = self.slots.wait()
+        self.table.counters.exchange_seconds += time.perf_counter() - started
+        return _Route(slots, self.inverse, self.hot_ids, self.send, self.receive)
+
+
 class _ExchangedRows(torch.autograd.Function):
     """Rows that others asked for go out, rows that were asked for come in; backward the other way."""
 
@@ -191,6 +239,8 @@ class _ExchangedRows(torch.autograd.Function):
         ctx.table, ctx.route, ctx.sizes = table, route, [shape.numel() for shape in shapes]
         ctx.set_materialize_grads(False)
         rows_UD = table._exchange(table.store.read(route.slots), route.receive, route.send)
+        for coming in table._announced:
+            coming.ask()
         if len(route.hot_ids):
             rows_UD = torch.cat([rows_UD, table._hot.rows(route.hot_ids)])
         return split_rows(rows_UD.index_select(0, route.inverse), shapes)

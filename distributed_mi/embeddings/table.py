@@ -57,6 +57,24 @@ class ItemTable(ABC):
             InputError: an id outside [0, V); the id is named.
         """
 
+    @abstractmethod
+    def announce(self, *ids: Tensor) -> None:
+        """Say which lookup will come, so that what it needs of other workers can be asked for meanwhile.
+
+        It changes nothing but the time. Lookups that were announced come in the order in which they were; others may
+        come between them. The tensors must stay as they are until then.
+
+        Args:
+            ids: the same tensors that `lookup` will get.
+
+        Raises:
+            InputError: an id outside [0, V); the id is named.
+        """
+
+    @abstractmethod
+    def forget_announced(self) -> None:
+        """No announced lookup will come any more."""
+
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of one id tensor; see `lookup`."""
         return self.lookup(ids)[0]
@@ -181,6 +199,12 @@ class LocalItemTable(ItemTable):
         if torch.is_grad_enabled():
             self.counters.ids += len(flat)
         return list(_LocalRows.apply(self._anchor, self.store, flat, [i.shape for i in ids]))
+
+    def announce(self, *ids: Tensor) -> None:
+        """See `ItemTable.announce`; there is nobody to ask."""
+
+    def forget_announced(self) -> None:
+        """See `ItemTable.forget_announced`."""
 
     def topk(self, interests: Tensor, k: int, *, seen_M2: Tensor | None = None) -> TopK:
         """See `ItemTable.topk`."""

@@ -258,8 +258,12 @@ class Recommender(nn.Module):
 
     def step_rows(self, batch: TrainBatch) -> StepRows:
         """Every item row that a step needs, in one exchange."""
+        return StepRows(*self.items.lookup(*self.step_ids(batch)))
+
+    def step_ids(self, batch: TrainBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """What `step_rows` looks up, which may be announced to the table."""
         negative_ids = batch.negative_ids_N if self.reads_negatives else batch.negative_ids_N[:0]
-        return StepRows(*self.items.lookup(batch.history.item_ids_BL, batch.target_ids_B, negative_ids))
+        return batch.history.item_ids_BL, batch.target_ids_B, negative_ids
 
     def encode_rows(self, history: HistoryBatch, history_rows_BLD: Tensor) -> UserState:
         """`encode` on rows that were fetched already, so that a model built on another shares its lookup."""

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -23,7 +23,7 @@ from distributed_mi.core.errors import StageError
 from distributed_mi.core.seeding import stream_key
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.table import ItemTable
-from distributed_mi.models.base import Recommender
+from distributed_mi.models.base import Recommender, TrainBatch
 from distributed_mi.training.checkpoint import CheckpointStore, Keep, ModelSpec
 from distributed_mi.training.config import TrainConfig
 from distributed_mi.training.engine import Engine
@@ -146,10 +146,11 @@ class Trainer:
         return self.state
 
     def close(self) -> None:
-        """End what prepares batches, and the tracker."""
+        """End what prepares batches and lookups, and the tracker."""
         if self._source is not None:
             self._source.close()
         self._source = None
+        self.run.table.forget_announced()
         self._tracker.close()
 
     def _resume(self) -> None:
@@ -200,7 +201,12 @@ class Trainer:
             self._pending_since = started
         self._seed_dropout(state.step)
         batches = self._source(state.step)
+        upcoming: Sequence[TrainBatch] = ()
+        if run.group.size > 1 and state.step + 1 < self.config.max_steps:
+            upcoming = self._source.peek(state.step + 1)
         self._meter.wait_seconds += time.monotonic() - started
+        for batch in upcoming:
+            run.table.announce(*run.model.step_ids(batch))
         self._pending.append(run.engine.step(batches, run.batches.num_users))
         run.table.step(self._row_learning_rate)
         state.step += 1

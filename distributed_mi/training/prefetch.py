@@ -49,6 +49,12 @@ class InBlocks:
 
     def __call__(self, step: int) -> Sequence[TrainBatch]:
         """See `StepSource`."""
+        batches = self.peek(step)
+        del self._ready[step]
+        return batches
+
+    def peek(self, step: int) -> Sequence[TrainBatch]:
+        """The batches that the next call will give."""
         if step not in self._ready:
             self._ready = {step: self.source(step)}
             for later in range(step + 1, step + self.size):
@@ -56,7 +62,7 @@ class InBlocks:
                     self._ready[later] = self.source(later)
                 except Exception:  # comes again when this step is asked for
                     break
-        return self._ready.pop(step)
+        return self._ready[step]
 
     def close(self) -> None:
         """Forget what is ready."""
@@ -80,22 +86,32 @@ class Prefetched:
         self.source, self.depth = source, depth
         self.num_users = source.num_users
         self._expected: int | None = None
+        self._held: Sequence[TrainBatch] | None = None
         self._ahead: _Ahead | None = None
 
     def __call__(self, step: int) -> Sequence[TrainBatch]:
         """See `StepSource`."""
+        batches = self.peek(step)
+        self._held, self._expected = None, step + 1
+        return batches
+
+    def peek(self, step: int) -> Sequence[TrainBatch]:
+        """The batches that the next call will give."""
         if self._ahead is None or step != self._expected:
             self.close()
             self._ahead = _Ahead(self.source, step, self.depth)
-        self._expected = step + 1
-        found = self._ahead.ready.get()
-        if isinstance(found, BaseException):
-            self.close()
-            raise found
-        return found
+            self._expected = step
+        if self._held is None:
+            found = self._ahead.ready.get()
+            if isinstance(found, BaseException):
+                self.close()
+                raise found
+            self._held = found
+        return self._held
 
     def close(self) -> None:
         """End the thread. A later call starts another one."""
+        self._held = None
         if self._ahead is not None:
             self._ahead.stop.set()
             self._ahead.thread.join()

@@ -4,6 +4,7 @@ Each launch of processes runs every case below and sends back what it measured; 
 """
 
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -82,6 +83,7 @@ def all_cases(group: WorkerGroup, payload: dict[str, Any]) -> dict[str, Any]:
         "collectives": collectives(group),
         "lookup": lookup(group),
         "exchanges": exchanges(group),
+        "announced": announced(group),
         "on_their_way": gradients_on_their_way(group),
         "bad_id": bad_id(group),
         "training": {
@@ -152,6 +154,33 @@ def exchanges(group: WorkerGroup) -> list[int]:
     return sent
 
 
+def announced(group: WorkerGroup) -> dict[str, Any]:
+    """What leaves before a lookup that was announced, what it then waits for, and the rows; one is never looked up."""
+    table, local = make_sharded(group), make_table()
+    first, second, never = (torch.tensor(ids) for ids in ([3, group.rank + 1], [5, 40, 5], [1]))
+    sent: list[int] = []
+    original = group.start_exchange
+
+    def noting(tensor: Tensor, send: list[int], receive: list[int]) -> Exchange:
+        sent.append(tensor.dim())
+        return original(tensor, send, receive)
+
+    group.start_exchange = noting  # type: ignore[method-assign]
+    found = []
+    for ids in (first, never):
+        table.announce(ids)
+    found.append(len(sent))
+    gaps = [gap(table.rows(first), local.rows(first))]
+    found.append(len(sent))
+    gaps.append(gap(table.rows(second), local.rows(second)))
+    table.forget_announced()
+    found.append(len(sent))
+    table.announce(second)
+    gaps.append(gap(table.rows(second), local.rows(second)))
+    del group.start_exchange
+    return {"sent": found, "ahead": sent[:2], "gaps": gaps, "left": len(table._announced)}
+
+
 def gradients_on_their_way(group: WorkerGroup) -> dict[str, float]:
     """Two backward passes before a step, with a collective in between; and two that are forgotten."""
     optimizer = make_optimizer(TableOptimizerConfig(name="sgd"))
@@ -201,19 +230,29 @@ def counters(group: WorkerGroup) -> dict[str, Any]:
 
 
 def training(group: WorkerGroup, name: str, **options: Any) -> dict[str, float]:
-    """100 steps; worker r's part of the loss is a fixed function of its ids. The local table sees all parts."""
+    """100 steps; worker r's part of the loss is a fixed function of its ids. The local table sees all parts.
+
+    Some lookups are announced, up to two before they come; others come between them.
+    """
     table = make_sharded(group, optimizer=make_optimizer(OPTIMIZERS[name]), **options)
     local = make_table(optimizer=make_optimizer(OPTIMIZERS[name]))
 
-    def part(items: Any, step: int, rank: int) -> Tensor:
+    @cache
+    def ids_of(step: int, rank: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(100 * step + rank)
         first, second = torch.randint(0, NUM_ROWS, (2, 9), generator=generator)
-        a, b = items.lookup(first.view(3, 3), second)
-        c = items.rows(first[:2])
-        goal = torch.randn(9, DIM, generator=generator)
+        return first.view(3, 3), second
+
+    def part(items: Any, step: int, rank: int) -> Tensor:
+        first, second = ids_of(step, rank)
+        a, b = items.lookup(first, second)
+        c = items.rows(first.view(-1)[:2])
+        goal = torch.randn(9, DIM, generator=torch.Generator().manual_seed(100 * step + rank))
         return (a.reshape(9, DIM) - goal).square().sum() + (a.reshape(9, DIM) * b).sum() + c.sum()
 
     for step in range(100):
+        for later in {0: (1,), 1: (), 2: (3, 4), 3: ()}.get(step % 5, ()):
+            table.announce(*ids_of(step - step % 5 + later, group.rank))
         part(table, step, group.rank).backward()
         table.step(0.05)
         sum(part(local, step, r) for r in range(group.size)).backward()
@@ -344,12 +383,19 @@ def test_lookup_equals_the_local_table_exactly(ranks: list[dict[str, Any]]) -> N
 
 def test_a_lookup_asks_for_each_distinct_id_once(ranks: list[dict[str, Any]]) -> None:
     for result in ranks:
-        *ids, _, gradients = result[
-            "exchanges"
-        ]  # ids out (nowhere when alone), rows out to others, gradients out
-        assert ids == ([3] if len(ranks) > 1 else [])  # 0, 5 and 6
-        assert gradients == 3
+        counts, ids, _, gradients = result["exchanges"]  # the third: rows out to others
+        assert (counts, ids, gradients) == (len(ranks), 3, 3)  # 0, 5 and 6
     assert sum(r["exchanges"][-2] for r in ranks) == 3 * len(ranks)
+
+
+def test_an_announced_lookup_waits_for_its_rows_only(ranks: list[dict[str, Any]]) -> None:
+    for result in ranks:
+        found = result["announced"]
+        assert found["gaps"] == [0.0, 0.0, 0.0]
+        assert found["ahead"] == [1, 1]  # counts of two
+        # Then ids and rows of the first, ids of the other; all three of a lookup that nobody announced.
+        assert found["sent"] == [2, 5, 8]
+        assert found["left"] == 0
 
 
 def test_gradients_arrive_whatever_is_said_meanwhile(ranks: list[dict[str, Any]]) -> None:

@@ -85,6 +85,16 @@ def test_blocks_are_made_at_once_by_the_thread_that_asks() -> None:
     assert ready.num_users == 3
 
 
+@pytest.mark.parametrize("ahead", [InBlocks, Prefetched])
+def test_the_next_batches_can_be_looked_at_before_they_are_taken(ahead: type[InBlocks | Prefetched]) -> None:
+    ready = ahead(Source(fails_at=6), 2)
+    assert (ready(3), ready.peek(4), ready.peek(4), ready(4), ready.peek(5)) == ([30], [40], [40], [40], [50])
+    assert (ready.peek(1), ready(5)) == ([10], [50])  # another order begins anew
+    with pytest.raises(ValueError, match="step 6 cannot be made"):
+        ready.peek(6)
+    ready.close()
+
+
 def test_an_error_in_a_block_is_raised_by_the_call_for_its_step() -> None:
     ready = InBlocks(Source(fails_at=2), 4)
     assert [ready(0), ready(1)] == [[0], [10]]
