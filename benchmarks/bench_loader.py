@@ -6,8 +6,8 @@
 Sides:
     loader             batches of one target per user: sampling, padding, negatives
     every position     batches of a target at every position
-    step, prefetched   what `distributed-mi train` runs, batches made by a thread beside it
-    step, no prefetch  the same with every batch made first
+    step               what `distributed-mi train` runs, its batches made in blocks between the steps
+    step, one by one   the same with each batch made before its step
 
 The bar is a loader that outruns the step by 5 times.
 """
@@ -22,7 +22,6 @@ from pathlib import Path
 import torch
 
 from benchmarks import harness
-from benchmarks.bench_train_step import repeated
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.data.batches import EveryPositionSampler
 from distributed_mi.embeddings.group import WorkerGroup
@@ -66,7 +65,7 @@ def main() -> int:
     torch.set_num_threads(1)
     workspace = Workspace(args.workspace)
     with tempfile.TemporaryDirectory() as folder:
-        ahead, run = make(workspace, folder, 2, args.users)
+        blocks, run = make(workspace, folder, 8, args.users)
         alone, _ = make(workspace, folder, 0, args.users)
         source = run.batches
         assert isinstance(source, StepBatches)
@@ -76,20 +75,20 @@ def main() -> int:
         sides = {
             "loader": loading(source),
             "every position": loading(StepBatches(every, source.negatives, run.group)),
-            "step, prefetched": ahead.step,
-            "step, no prefetch": alone.step,
+            "step": blocks.step,
+            "step, one by one": alone.step,
         }
         result = harness.compare(
-            {name: repeated(call, args.steps) for name, call in sides.items()},
+            {name: harness.repeated(call, args.steps) for name, call in sides.items()},
             unit=f"{args.steps} steps of {args.users} users",
             repeats=args.repeats,
             warmup=2,
         )
-        ahead.close()
+        blocks.close()
     for name in result.sides:
         seconds = result.seconds(name).median
         result.extra[f"users/s, {name}"] = f"{args.steps * args.users / seconds:,.0f}"
-    notes = "One thread for the step; the prefetching thread is a second one."
+    notes = "One thread. The loader has the caches to itself here; between steps its batches take longer."
     print(harness.write("loader", result, notes=notes, folder=args.folder).read_text())
     return 0
 

@@ -40,9 +40,7 @@ class _Silent:
 def run_training(args: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a step and counters of the table, of this worker."""
     workspace = Workspace(args["workspace"])
-    config = TrainConfig(
-        model=ModelChoice(name="remi"), num_users_per_step=args["users"], log_every=10**9, prefetch=0
-    )
+    config = TrainConfig(model=ModelChoice(name="remi"), num_users_per_step=args["users"], log_every=10**9)
     group = WorkerGroup.from_torch() if dist.is_initialized() else WorkerGroup.alone()
     folder = args["folder"]
     run = assemble(config, workspace, folder, group, lambda model, group: {}, _Silent())

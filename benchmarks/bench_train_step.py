@@ -137,12 +137,7 @@ def make_side(payload: dict[str, Any]) -> Callable[[], None]:
     else:
         data, stub = Path(folder) / "train.txt", side == STUBBED
         step = PublicSteps(Path(payload["source"]), data, payload["items"], stub_matrices=stub)
-
-    def run() -> None:
-        for _ in range(payload["steps"]):
-            step()
-
-    return run
+    return harness.repeated(step, payload["steps"])
 
 
 def main() -> int:

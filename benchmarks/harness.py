@@ -153,6 +153,16 @@ def compare(
     return Comparison(unit, warmup, samples, dict(extra or {}))
 
 
+def repeated(work: Callable[[], Any], times: int) -> Callable[[], None]:
+    """A side that is some calls of another one, where one is too short to measure."""
+
+    def run() -> None:
+        for _ in range(times):
+            work()
+
+    return run
+
+
 @dataclass(frozen=True)
 class CommandUse:
     """What a finished command took."""
