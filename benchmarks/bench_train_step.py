@@ -6,6 +6,7 @@
 A step is 128 users, 1,280 shared negatives, 20 history items, width 64, 4 interests, lambda 100, beta 1, Adam, with
 its batch: sampling users, forward, backward, update. Sides:
     ours               what `distributed-mi train` runs with one worker
+    ours, bf16         the same with `train.engine.precision = "bf16"`, which the public code does not offer
     public, stubbed    the public code without two matrices that it builds for every sample and no model reads
     public, published  the public code as it is
 
@@ -31,18 +32,21 @@ from benchmarks import harness
 from benchmarks.processes import OwnProcess
 from distributed_mi.core.artifacts import Workspace
 from distributed_mi.embeddings.group import WorkerGroup
-from distributed_mi.training.config import ModelChoice, TrainConfig
+from distributed_mi.training.config import EngineConfig, ModelChoice, TrainConfig
 from distributed_mi.training.loop import Trainer
 from distributed_mi.training.worker import assemble
 
-OURS, STUBBED, PUBLISHED = "ours", "public, stubbed", "public, published"
+OURS = {"ours": "fp32", "ours, bf16": "bf16"}
+"""Side -> precision."""
+STUBBED, PUBLISHED = "public, stubbed", "public, published"
 
 
 class OurSteps:
     """Steps of `distributed-mi train` in this process."""
 
-    def __init__(self, workspace: Workspace, folder: str) -> None:
-        config = TrainConfig(model=ModelChoice(name="remi"), log_every=10**9)
+    def __init__(self, workspace: Workspace, folder: str, precision: str) -> None:
+        engine = EngineConfig.model_validate({"precision": precision})
+        config = TrainConfig(model=ModelChoice(name="remi"), engine=engine, log_every=10**9)
         run = assemble(config, workspace, folder, WorkerGroup.alone(), lambda model, group: {}, _Silent())
         self.trainer = Trainer(config, run, fs=workspace.fs, metrics_path=f"{folder}/metrics.jsonl")
 
@@ -132,8 +136,8 @@ def make_side(payload: dict[str, Any]) -> Callable[[], None]:
     torch.set_num_threads(1)
     side, folder = payload["side"], payload["folder"]
     step: Callable[[], None]
-    if side == OURS:
-        step = OurSteps(Workspace(payload["workspace"]), folder)
+    if side in OURS:
+        step = OurSteps(Workspace(payload["workspace"]), f"{folder}/{OURS[side]}", OURS[side])
     else:
         data, stub = Path(folder) / "train.txt", side == STUBBED
         step = PublicSteps(Path(payload["source"]), data, payload["items"], stub_matrices=stub)
@@ -159,7 +163,7 @@ def main() -> int:
         common = {"workspace": args.workspace, "source": str(args.source), "folder": folder}
         common |= {"items": num_items, "steps": args.steps}
         sides = {}
-        for name in (OURS, STUBBED, PUBLISHED):
+        for name in (*OURS, STUBBED, PUBLISHED):
             side = OwnProcess("benchmarks.bench_train_step:make_side", common | {"side": name})
             sides[name] = processes.enter_context(side)
         result = harness.compare(
