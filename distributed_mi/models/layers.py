@@ -172,6 +172,7 @@ class _PackedPooling(torch.autograd.Function):
 
 
 _SHAPE_ROWS = 64
+"""Rows of which a product in bfloat16 gets a multiple."""
 
 
 def _with_spare_rows(rows: int, width: int, dtype: torch.dtype | None) -> np.ndarray:
