@@ -11,6 +11,7 @@ from distributed_mi.core.errors import CheckpointError, StageError
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.training.checkpoint import load_model
 from distributed_mi.training.loop import Run
+from tests.distributed import run_on_ranks
 from tests.unit.training.toys import USERS, Bar, ToyBatches, build, config, loss_score
 
 
@@ -222,3 +223,31 @@ def test_dropout_masks_depend_on_the_step_alone(tmp_path: Path) -> None:
     trainer.train()
     assert seen == first
     assert len(set(seen.values())) == len(seen)
+
+
+def train_and_watch_lookups(group: WorkerGroup, payload: dict[str, Any]) -> dict[str, Any]:
+    """A whole run in accumulation parts; which lookups of its steps the table had been told of."""
+    trainer, run = build(config(engine={"accumulation": 2}), Path(payload["folder"]), group=group)
+    known: list[bool] = []
+    original, waiting = run.table.lookup, getattr(run.table, "_announced", ())
+
+    def lookup(*ids: torch.Tensor) -> list[torch.Tensor]:
+        if torch.is_grad_enabled():
+            known.append(len(waiting) > 0 and waiting[0].is_of(ids))
+        return original(*ids)
+
+    run.table.lookup = lookup  # type: ignore[method-assign]
+    trainer.train()
+    dense = {name: value.tolist() for name, value in run.engine.dense_state().items()}
+    return {"known": known, "left": len(waiting), "dense": dense}
+
+
+def test_two_workers_are_told_of_the_lookups_to_come_and_end_where_one_does(tmp_path: Path) -> None:
+    target = "tests.unit.training.test_loop:train_and_watch_lookups"
+    alone = train_and_watch_lookups(WorkerGroup.alone(), {"folder": str(tmp_path / "alone")})
+    for found in run_on_ranks(target, 2, tmp_path / "ranks", {"folder": str(tmp_path / "two")}):
+        assert found["known"] == [False, False] + [True] * 22  # twelve steps of two parts
+        assert found["left"] == 0
+        for name, value in alone["dense"].items():
+            expected = torch.tensor(value)
+            torch.testing.assert_close(torch.tensor(found["dense"][name]), expected, atol=1e-5, rtol=1e-5)
