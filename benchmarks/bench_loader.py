@@ -31,17 +31,12 @@ from distributed_mi.training.loop import Run, Trainer
 from distributed_mi.training.worker import assemble
 
 
-class _Silent:
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """No progress bar."""
-
-
 def make(workspace: Workspace, folder: str, prefetch: int, users: int) -> tuple[Trainer, Run]:
     """A trainer of REMI."""
     config = TrainConfig(
         model=ModelChoice(name="remi"), log_every=10**9, prefetch=prefetch, num_users_per_step=users
     )
-    run = assemble(config, workspace, folder, WorkerGroup.alone(), lambda model, group: {}, _Silent())
+    run = assemble(config, workspace, folder, WorkerGroup.alone(), lambda model, group: {}, harness.NoBar())
     return Trainer(config, run, fs=workspace.fs, metrics_path=f"{folder}/metrics.jsonl"), run
 
 

@@ -103,7 +103,7 @@ def ours(recipe: Recipe, workspace: Workspace, payload: dict[str, Any]) -> list[
     )
     validator = make_validator(workspace.absolute_url, config.max_history, ("recall@50",))
     group = WorkerGroup.alone()
-    run = assemble(config, workspace, folder, group, validator, _Silent())
+    run = assemble(config, workspace, folder, group, validator, harness.NoBar())
     trainer = Trainer(config, run, fs=workspace.fs, metrics_path=f"{folder}/metrics.jsonl")
     trainer.step()  # compiles
 
@@ -118,11 +118,6 @@ def ours(recipe: Recipe, workspace: Workspace, payload: dict[str, Any]) -> list[
     points = list(race(trainer.step, validate, recipe.every, payload["goal"], payload["max_seconds"]))
     trainer.close()
     return points
-
-
-class _Silent:
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """No progress bar."""
 
 
 def public(workspace: Workspace, payload: dict[str, Any]) -> list[Point]:

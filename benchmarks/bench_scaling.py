@@ -32,18 +32,13 @@ from distributed_mi.training.loop import Trainer
 from distributed_mi.training.worker import assemble, train_events
 
 
-class _Silent:
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """No progress bar."""
-
-
 def run_training(args: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a step and counters of the table, of this worker."""
     workspace = Workspace(args["workspace"])
     config = TrainConfig(model=ModelChoice(name="remi"), num_users_per_step=args["users"], log_every=10**9)
     group = WorkerGroup.from_torch() if dist.is_initialized() else WorkerGroup.alone()
     folder = args["folder"]
-    run = assemble(config, workspace, folder, group, lambda model, group: {}, _Silent())
+    run = assemble(config, workspace, folder, group, lambda model, group: {}, harness.NoBar())
     trainer = Trainer(config, run, fs=workspace.fs, metrics_path=f"{folder}/metrics.jsonl")
     for _ in range(args["warmup"]):
         trainer.step()

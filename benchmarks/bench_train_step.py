@@ -47,17 +47,14 @@ class OurSteps:
     def __init__(self, workspace: Workspace, folder: str, precision: str) -> None:
         engine = EngineConfig.model_validate({"precision": precision})
         config = TrainConfig(model=ModelChoice(name="remi"), engine=engine, log_every=10**9)
-        run = assemble(config, workspace, folder, WorkerGroup.alone(), lambda model, group: {}, _Silent())
+        run = assemble(
+            config, workspace, folder, WorkerGroup.alone(), lambda model, group: {}, harness.NoBar()
+        )
         self.trainer = Trainer(config, run, fs=workspace.fs, metrics_path=f"{folder}/metrics.jsonl")
 
     def __call__(self) -> None:
         """One step."""
         self.trainer.step()
-
-
-class _Silent:
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """No progress bar."""
 
 
 class PublicSteps:

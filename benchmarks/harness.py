@@ -153,6 +153,13 @@ def compare(
     return Comparison(unit, warmup, samples, dict(extra or {}))
 
 
+class NoBar:
+    """Progress that nobody is shown."""
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Nothing."""
+
+
 def repeated(work: Callable[[], Any], times: int) -> Callable[[], None]:
     """A side that is some calls of another one, where one is too short to measure."""
 
