@@ -143,7 +143,8 @@ class TrainConfig(ConfigModel):
     """Steps between two lines of `metrics.jsonl`; losses are checked for NaN at this interval."""
     prefetch: NonNegativeInt = runtime(8)
     """Steps whose batches (sampling, padding, negatives, text vectors) each worker prepares ahead: by a thread beside
-    a GPU, so many at once between steps on a CPU. The numbers are the same. 0: each step makes its batch first."""
+    a GPU, which holds as many, or so many at once between steps on a CPU. The numbers are the same. 0: each step makes
+    its batch first."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = runtime(None)
     """First and last step (from 1) to trace with torch's profiler on worker 0; the trace is written to `profile` in
     the run's folder. None: off. A traced step is slower, and a trace grows by about a megabyte a step."""
