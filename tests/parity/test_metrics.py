@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from distributed_mi.core.registry import resolve
+from distributed_mi.evaluation.metrics import base
 from distributed_mi.evaluation.metrics.base import CatalogueInfo, RankedLists
 
 NUM_USERS, LENGTH, NUM_ITEMS = 60, 20, 80
@@ -67,6 +68,15 @@ def test_ndcg_moves_when_two_ranks_are_swapped() -> None:
     for name in ("ndcg", "ndcg_hits", "mrr"):
         assert per_user(name, early, 3)[0] > per_user(name, late, 3)[0]
     assert per_user("recall", early, 3)[0] == per_user("recall", late, 3)[0]
+
+
+@pytest.mark.parametrize("at_once", [1, 7 * LENGTH, 1 << 20])
+def test_hits_are_the_ranks_whose_item_is_a_label(random_case, at_once: int, monkeypatch) -> None:
+    monkeypatch.setattr(base, "_COMPARED_AT_ONCE", at_once)
+    known, qrels, _ = random_case
+    lists = RankedLists(known.ranked_UN, known.labels_S, known.offsets, known.catalogue)
+    expected = [[f"i{i}" in qrels[f"u{u:03}"] for i in row] for u, row in enumerate(lists.ranked_UN)]
+    assert lists.hits.tolist() == expected
 
 
 def test_ndcg_hits_is_never_below_ndcg(random_case) -> None:

@@ -197,6 +197,18 @@ def test_of_scores_one_bfloat16_unit_apart_either_may_be_the_better() -> None:
     assert slots[0, : counts[0]].tolist() == [1, 2]
 
 
+def test_error_bounds_know_the_largest_interest_of_a_user_and_what_bfloat16_takes_from_one() -> None:
+    interests = (
+        torch.randn(7, 3, 10, generator=torch.Generator().manual_seed(5))
+        * 2.0 ** torch.arange(7)[:, None, None]
+    )
+    own, rest = topk_shard._norms(interests, compiled=True)
+    exact = interests.double()
+    taken = exact - interests.bfloat16().double()
+    torch.testing.assert_close(own, exact.norm(dim=2).amax(dim=1))
+    torch.testing.assert_close(rest, taken.norm(dim=2).amax(dim=1))
+
+
 def test_scores_are_the_exact_inner_products_rounded() -> None:
     """`math.fsum` adds the products, which float64 holds exactly, without error."""
     generator = np.random.default_rng(3)
