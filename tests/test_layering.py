@@ -59,6 +59,7 @@ OWNED: dict[str, tuple[str, ...]] = {
     "hnswlib": ("serving",),
     "numba": (
         "core/vector_math.py",
+        "core/watching.py",
         "exemplars/kernels.py",
         "embeddings/kernels.py",
         "embeddings/topk_kernels.py",
@@ -71,7 +72,7 @@ OWNED: dict[str, tuple[str, ...]] = {
 NOWHERE_ELSE = frozenset({"vllm", "deepspeed", "numba"})
 """Owned libraries that no other file imports, not even inside a function."""
 
-COMPILED = frozenset({"core/vector_math.py"})
+COMPILED = frozenset({"core/vector_math.py", "core/watching.py"})
 """Files of `core` that only compiled kernels import, and so may import what compiles them."""
 
 LIGHT = frozenset({"pydantic", "pydantic_core", "numpy", "pyarrow"})
@@ -225,12 +226,12 @@ PLANTED = [
     (
         "exemplars/lists.py",
         "from numba import njit",
-        "imports numba, which belongs to core/vector_math.py, exemplars/kernels.py, embeddings/kernels.py",
+        "imports numba, which belongs to core/vector_math.py, core/watching.py, exemplars/kernels.py",
     ),
     (
         "exemplars/lists.py",
         "def f():\n    import numba",
-        "imports numba, which belongs to core/vector_math.py, exemplars/kernels.py, embeddings/kernels.py",
+        "imports numba, which belongs to core/vector_math.py, core/watching.py, exemplars/kernels.py",
     ),
     ("exemplars/problem.py", "def f():\n    import ray", "imports ray"),
     ("__init__.py", "from distributed_mi.core import config", "imports nothing"),
