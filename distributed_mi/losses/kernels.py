@@ -10,8 +10,11 @@ Shapes:  B users, N shared negatives, K interests, L positions, D width.
 import numpy as np
 from numba import njit
 
+from distributed_mi.core.blas import use_one_thread
 from distributed_mi.core.vector_math import dot32, exp32, f32, largest32
 from distributed_mi.losses.sampled_softmax import MASKED
+
+use_one_thread()
 
 _MASKED = f32(MASKED)
 
@@ -59,33 +62,42 @@ def _sum(values_N):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def softmax_forward(
-    scores_BN,
-    target_B,
+    query_BD,
+    target_BD,
+    negative_ND,
+    target_log_q_B,
     target_ids_B,
     ids_N,
     log_q_N,
     counts_N,
     beta,
-    mask_hits,
+    scores_are_missing,
+    scores_BN,
     loss_B,
     probability_B,
     sums_2B,
 ):
-    """Loss of each user, from scores that are overwritten.
+    """Loss of each user.
 
     Args:
-        scores_BN: inner products with the negatives. Afterwards e^(s - max) where beta is 0 or 1, else s - max.
-        target_B: corrected score of each user's target.
-        target_ids_B: ids of the targets.
+        query_BD: what is compared with the items.
+        target_BD: rows of the targets.
+        negative_ND: rows of the negatives.
+        target_log_q_B: what to subtract from the score of each target; empty: nothing.
+        target_ids_B: ids of the targets; empty: a negative that is the user's target counts like any other.
         ids_N: ids of the negatives.
         log_q_N: what to subtract from each negative's scores; empty: nothing.
         counts_N: False on negatives that do not count; empty: all do.
         beta: concentration.
-        mask_hits: whether a negative that is the user's target counts for nothing.
+        scores_are_missing: whether to take the product that makes them.
+        scores_BN: inner products with the negatives. Afterwards e^(s - max) where beta is 0 or 1, else s - max.
         loss_B: out.
         probability_B: out, of all negatives together.
         sums_2B: out, sums of hard and of sharp weights.
     """
+    if scores_are_missing:
+        np.dot(query_BD, negative_ND.T, scores_BN)
+    mask_hits = len(target_ids_B) > 0
     num_negatives = scores_BN.shape[1]
     masked = np.int64(0)
     for n in range(len(counts_N)):
@@ -125,8 +137,11 @@ def softmax_forward(
             loss_B[b] = 0.0
             probability_B[b] = 0.0
             continue
+        target = dot32(query_BD[b], target_BD[b])
+        if len(target_log_q_B):
+            target -= target_log_q_B[b]
         # Of all negatives as one, against the target: log sum_j w_j exp(s_j) - s_target.
-        margin = np.float64(largest) + np.log(hard) - np.log(sharp) + np.log(np.float64(num)) - target_B[b]
+        margin = np.float64(largest) + np.log(hard) - np.log(sharp) + np.log(np.float64(num)) - target
         small = np.exp(-abs(margin))
         loss_B[b] = max(margin, 0.0) + np.log1p(small)
         probability_B[b] = (1.0 if margin >= 0.0 else small) / (1.0 + small)
@@ -153,29 +168,73 @@ def _flow(kept_N, beta, hard, sharp, out_N):
         out_N[n] = exp32((f32(1.0) + beta) * kept_N[n]) * hard - exp32(beta * kept_N[n]) * sharp
 
 
+@njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _scale(row_D, factor, out_D):
+    for d in range(len(row_D)):
+        out_D[d] = factor * row_D[d]
+
+
+@njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _add_scaled(row_D, factor, out_D):
+    for d in range(len(row_D)):
+        out_D[d] += factor * row_D[d]
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
-def softmax_backward(kept_BN, flow_B, sums_2B, beta, out_BN):
-    """Gradient of the scores.
+def softmax_backward(
+    query_BD,
+    target_BD,
+    negative_ND,
+    grad_B,
+    probability_B,
+    kept_BN,
+    sums_2B,
+    beta,
+    takes_products,
+    d_BN,
+    grad_query_BD,
+    grad_target_BD,
+    grad_negative_ND,
+):
+    """Gradients of what is compared.
 
     Args:
+        query_BD: of the forward pass.
+        target_BD: of the forward pass.
+        negative_ND: of the forward pass.
+        grad_B: gradient of each loss.
+        probability_B: of the forward pass.
         kept_BN: what the forward pass left in the place of the scores.
-        flow_B: gradient of each loss times the probability of all negatives.
         sums_2B: of the forward pass.
         beta: concentration.
-        out_BN: out.
+        takes_products: whether the products with the gradient of the scores are taken here.
+        d_BN: out, gradient of the scores.
+        grad_query_BD: out; without products only what comes from the target.
+        grad_target_BD: out.
+        grad_negative_ND: out, where products are taken.
     """
     for b in range(kept_BN.shape[0]):
-        if sums_2B[0, b] == 0.0 or flow_B[b] == 0.0:
-            out_BN[b] = 0.0
+        flow = grad_B[b] * probability_B[b]
+        if sums_2B[0, b] == 0.0 or flow == 0.0:
+            d_BN[b] = 0.0
             continue
-        hard = f32(flow_B[b] * (1.0 + beta) / sums_2B[0, b])
-        sharp = f32(flow_B[b] * beta / sums_2B[1, b]) if beta else f32(0.0)
+        hard = f32(flow * (1.0 + beta) / sums_2B[0, b])
+        sharp = f32(flow * beta / sums_2B[1, b]) if beta else f32(0.0)
         if beta == 0.0:
-            _plain_flow(kept_BN[b], hard, out_BN[b])
+            _plain_flow(kept_BN[b], hard, d_BN[b])
         elif beta == 1.0:
-            _squared_flow(kept_BN[b], hard, sharp, out_BN[b])
+            _squared_flow(kept_BN[b], hard, sharp, d_BN[b])
         else:
-            _flow(kept_BN[b], f32(beta), hard, sharp, out_BN[b])
+            _flow(kept_BN[b], f32(beta), hard, sharp, d_BN[b])
+    if takes_products:
+        np.dot(d_BN, negative_ND, grad_query_BD)
+        np.dot(d_BN.T, query_BD, grad_negative_ND)
+    else:
+        grad_query_BD[:] = f32(0.0)
+    for b in range(kept_BN.shape[0]):
+        flow = grad_B[b] * probability_B[b]
+        _scale(query_BD[b], -flow, grad_target_BD[b])
+        _add_scaled(target_BD[b], -flow, grad_query_BD[b])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -190,6 +249,15 @@ def pick_closest(interests_BKD, target_rows_BD, best_B, query_BD):
         best_B[b] = best
         for d in range(query_BD.shape[1]):  # not a slice, see `embeddings.kernels._copy`
             query_BD[b, d] = interests_BKD[b, best, d]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def put_back(grad_BD, best_B, out_BKD):
+    """Gradient of the interests: that of the chosen one, zeros for the others."""
+    for b in range(out_BKD.shape[0]):
+        for k in range(out_BKD.shape[1]):
+            for d in range(out_BKD.shape[2]):
+                out_BKD[b, k, d] = grad_BD[b, d] if k == best_B[b] else f32(0.0)
 
 
 @njit(nogil=True, cache=True, fastmath={"contract", "reassoc"}, error_model="numpy")

@@ -6,6 +6,7 @@ Shapes:  B users, K interests, D width.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,23 +31,29 @@ class _HardReadOut(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, interests_BKD: Tensor, target_BD: Tensor) -> Tensor:
-        users_B = torch.arange(len(interests_BKD), device=interests_BKD.device)
+        ctx.shape = interests_BKD.shape
         if is_plain(interests_BKD) and is_plain(target_BD):
             from distributed_mi.losses import kernels
 
-            best_B, query_BD = torch.empty_like(users_B), torch.empty_like(target_BD)
-            given = (x.numpy() for x in (interests_BKD, target_BD, best_B, query_BD))
-            kernels.pick_closest(*given)
-        else:
-            best_B = (interests_BKD @ target_BD[:, :, None]).squeeze(2).argmax(dim=1)
-            query_BD = interests_BKD[users_B, best_B]
-        ctx.shape, ctx.place = interests_BKD.shape, (users_B, best_B)
-        return query_BD
+            query_BD = torch.empty_like(target_BD)
+            ctx.best, ctx.place = np.empty(len(target_BD), np.int64), None
+            kernels.pick_closest(interests_BKD.numpy(), target_BD.numpy(), ctx.best, query_BD.numpy())
+            return query_BD
+        users_B = torch.arange(len(interests_BKD), device=interests_BKD.device)
+        best_B = (interests_BKD @ target_BD[:, :, None]).squeeze(2).argmax(dim=1)
+        ctx.place = (users_B, best_B)
+        return interests_BKD[ctx.place]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad_BKD = grads[0].new_zeros(ctx.shape)
-        grad_BKD[ctx.place] = grads[0]
+        if ctx.place is None:
+            from distributed_mi.losses import kernels
+
+            grad_BKD = grads[0].new_empty(ctx.shape)
+            kernels.put_back(grads[0].contiguous().numpy(), ctx.best, grad_BKD.numpy())
+        else:
+            grad_BKD = grads[0].new_zeros(ctx.shape)
+            grad_BKD[ctx.place] = grads[0]
         return grad_BKD, None
 
 

@@ -30,6 +30,7 @@ Shapes:  B users, N shared negatives, D width.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,8 +41,7 @@ MASKED = -1e30
 """Score of a negative that does not count; finite, so that a row with nothing else has no NaN in its gradient."""
 
 _NO_IDS = (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
-_NO_LOG_Q = torch.empty(0, dtype=torch.float32)
-_NO_MASK = torch.empty(0, dtype=torch.bool)
+_NO_LOG_Q, _NO_MASK = np.empty(0, np.float32), np.empty(0, np.bool_)
 
 
 def target_scores(query_BD: Tensor, target_rows_BD: Tensor) -> Tensor:
@@ -118,35 +118,40 @@ class _SampledSoftmax(torch.autograd.Function):
         log_q_N: Tensor | None,
         mask_N: Tensor | None,
     ) -> Tensor:
-        ctx.dtype = product_dtype(query_BD.device.type)
-        scores_BN = product(query_BD, negative_rows_ND.T, ctx.dtype)
-        form = _compiled if scores_BN.device.type == "cpu" and scores_BN.dtype == torch.float32 else _by_torch
-        target_B = target_scores(query_BD, target_rows_BD)
-        if target_log_q_B is not None:
-            target_B -= target_log_q_B
-        loss_B, ctx.flow, kept = form(scores_BN, target_B, beta, ids, log_q_N, mask_N)
+        ctx.dtype, ctx.beta = product_dtype(query_BD.device.type), beta
+        ctx.compiled = _on_cpu(query_BD, target_rows_BD, negative_rows_ND)
+        kept: tuple[Tensor | None, ...]
+        if ctx.compiled:
+            query_BD, target_rows_BD, negative_rows_ND = (
+                x.contiguous() for x in (query_BD, target_rows_BD, negative_rows_ND)
+            )
+            given = (query_BD, target_rows_BD, negative_rows_ND, target_log_q_B, ids, log_q_N, mask_N)
+            loss_B, kept = _forward(*given, beta, ctx.dtype)
+        else:
+            scores_BN = product(query_BD, negative_rows_ND.T, ctx.dtype)
+            target_B = target_scores(query_BD, target_rows_BD)
+            if target_log_q_B is not None:
+                target_B -= target_log_q_B
+            loss_B, ctx.flow, kept = _by_torch(scores_BN, target_B, beta, ids, log_q_N, mask_N)
         ctx.save_for_backward(query_BD, target_rows_BD, negative_rows_ND, *kept)
         return loss_B
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query_BD, target_BD, negative_ND, probability_B, *kept = ctx.saved_tensors
-        flow_B = grads[0] * probability_B
-        d_BN = ctx.flow(flow_B, *kept)
-        flow_B1 = flow_B[:, None]
-        grad_query_BD = product(d_BN, negative_ND.to(d_BN.dtype), ctx.dtype)
-        grad_negative_ND = product(d_BN.T, query_BD.to(d_BN.dtype), ctx.dtype)
-        grad_target_BD = -flow_B1 * query_BD
-        return (
-            torch.addcmul(grad_query_BD, flow_B1, target_BD, value=-1).to(query_BD.dtype),
-            grad_target_BD.to(target_BD.dtype),
-            grad_negative_ND.to(negative_ND.dtype),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        if ctx.compiled:
+            compared = (query_BD, target_BD, negative_ND)
+            found = _backward(*compared, grads[0], probability_B, kept[0], kept[1], ctx.beta, ctx.dtype)
+        else:
+            flow_B = grads[0] * probability_B
+            d_BN, flow_B1 = ctx.flow(flow_B, *kept), flow_B[:, None]
+            grad_query_BD = product(d_BN, negative_ND.to(d_BN.dtype), ctx.dtype)
+            found = (
+                torch.addcmul(grad_query_BD, flow_B1, target_BD, value=-1).to(query_BD.dtype),
+                (-flow_B1 * query_BD).to(target_BD.dtype),
+                product(d_BN.T, query_BD.to(d_BN.dtype), ctx.dtype).to(negative_ND.dtype),
+            )
+        return *found, None, None, None, None, None
 
 
 Form = tuple[Tensor, Callable[..., Tensor], tuple[Tensor | None, ...]]
@@ -154,54 +159,119 @@ Form = tuple[Tensor, Callable[..., Tensor], tuple[Tensor | None, ...]]
 to keep, first of all the probability of all negatives together `[B]`."""
 
 
-def _compiled(
-    scores_BN: Tensor,
-    target_B: Tensor,
-    beta: float,
+def _on_cpu(*tensors: Tensor) -> bool:
+    """Whether compiled kernels can take them."""
+    return all(x.device.type == "cpu" and x.dtype == torch.float32 for x in tensors)
+
+
+def _forward(
+    query_BD: Tensor,
+    target_rows_BD: Tensor,
+    negative_ND: Tensor,
+    target_log_q_B: Tensor | None,
     ids: tuple[Tensor, Tensor] | None,
     log_q_N: Tensor | None,
     mask_N: Tensor | None,
-) -> Form:
-    """Losses on a CPU; the scores are overwritten."""
+    beta: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Losses on a CPU, and what to keep: probabilities, what the kernel left of the scores, its sums."""
     from distributed_mi.losses import kernels
 
-    loss_B, probability_B = torch.empty_like(target_B), torch.empty_like(target_B)
-    sums_2B = torch.empty((2, len(target_B)), dtype=torch.float64)
-    target_ids_B, negative_ids_N = (i.contiguous() for i in ids) if ids else _NO_IDS
-    log_q_N = _NO_LOG_Q if log_q_N is None else log_q_N.float().contiguous()
-    shared = (
-        negative_ids_N.numpy(),
-        log_q_N.numpy(),
-        (_NO_MASK if mask_N is None else mask_N.contiguous()).numpy(),
+    users, num_negatives = len(query_BD), len(negative_ND)
+    query, target, negatives = (x.detach().numpy() for x in (query_BD, target_rows_BD, negative_ND))
+    if dtype is None:
+        scores_BN = query_BD.new_empty((users, num_negatives))
+    else:
+        scores_BN = product(query_BD.detach(), negative_ND.detach().T, dtype)
+    loss_B, probability_B = query_BD.new_empty((2, users))
+    sums_2B = torch.empty((2, users), dtype=torch.float64)
+    target_ids, negative_ids = (i.contiguous().numpy() for i in ids or _NO_IDS)
+    target_log_q, log_q = (
+        _NO_LOG_Q if x is None else x.float().contiguous().numpy() for x in (target_log_q_B, log_q_N)
     )
-    scores, target, out = scores_BN.numpy(), target_B.numpy(), (loss_B.numpy(), probability_B.numpy())
-    sums, target_ids = sums_2B.numpy(), target_ids_B.numpy()
+    counts = _NO_MASK if mask_N is None else mask_N.contiguous().numpy()
+    scores, loss, probability, sums = (x.numpy() for x in (scores_BN, loss_B, probability_B, sums_2B))
 
     def work(b: slice) -> None:
         kernels.softmax_forward(
-            scores[b],
+            query[b],
             target[b],
+            negatives,
+            target_log_q[b],
             target_ids[b],
-            *shared,
+            negative_ids,
+            log_q,
+            counts,
             beta,
-            ids is not None,
-            *(o[b] for o in out),
+            dtype is None,
+            scores[b],
+            loss[b],
+            probability[b],
             sums[:, b],
         )
 
-    map_slices(work, len(scores), scores.shape[1])
+    map_slices(work, users, num_negatives)
+    return loss_B, (probability_B, scores_BN, sums_2B)
 
-    def flow(flow_B: Tensor, kept_BN: Tensor, sums_2B: Tensor) -> Tensor:
-        out_BN = torch.empty_like(kept_BN)
-        kept, flows, sums, out = kept_BN.numpy(), flow_B.numpy(), sums_2B.numpy(), out_BN.numpy()
 
-        def work(b: slice) -> None:
-            kernels.softmax_backward(kept[b], flows[b], sums[:, b], beta, out[b])
+def _backward(
+    query_BD: Tensor,
+    target_BD: Tensor,
+    negative_ND: Tensor,
+    grad_B: Tensor,
+    probability_B: Tensor,
+    kept_BN: Tensor,
+    sums_2B: Tensor,
+    beta: float,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the queries, of the targets' rows and of the negatives' rows on a CPU."""
+    from distributed_mi.losses import kernels
 
-        map_slices(work, len(kept), kept.shape[1])
-        return out_BN
+    d_BN, grad_query_BD, grad_target_BD = (torch.empty_like(x) for x in (kept_BN, query_BD, target_BD))
+    query, target, negatives, flow, probability, kept, sums, d, of_query, of_target = (
+        x.numpy()
+        for x in (
+            query_BD,
+            target_BD,
+            negative_ND,
+            grad_B.contiguous(),
+            probability_B,
+            kept_BN,
+            sums_2B,
+            d_BN,
+            grad_query_BD,
+            grad_target_BD,
+        )
+    )
 
-    return loss_B, flow, (probability_B, scores_BN, sums_2B)
+    def work(b: slice) -> Any:
+        of_negatives = np.empty(negatives.shape if dtype is None else (0, 0), np.float32)
+        kernels.softmax_backward(
+            query[b],
+            target[b],
+            negatives,
+            flow[b],
+            probability[b],
+            kept[b],
+            sums[:, b],
+            beta,
+            dtype is None,
+            d[b],
+            of_query[b],
+            of_target[b],
+            of_negatives,
+        )
+        return of_negatives
+
+    parts = map_slices(work, len(kept), kept.shape[1])
+    if dtype is not None:
+        grad_query_BD += product(d_BN, negative_ND, dtype)
+        return grad_query_BD, grad_target_BD, product(d_BN.T, query_BD, dtype)
+    for part in parts[1:]:
+        parts[0] += part
+    return grad_query_BD, grad_target_BD, torch.from_numpy(parts[0])
 
 
 def _by_torch(

@@ -240,6 +240,14 @@ class Recommender(nn.Module):
         return False
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether float32 steps on a CPU spend their time in compiled kernels.
+
+        These get the worker's threads then; otherwise torch's operations do.
+        """
+        return False
+
+    @property
     def num_interests(self) -> int:
         """K, vectors per user."""
         raise NotImplementedError

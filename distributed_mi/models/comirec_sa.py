@@ -71,6 +71,11 @@ class ComiRecSA(Recommender):
         return self.objective.reads_log_q
 
     @property
+    def is_compiled(self) -> bool:
+        """Where the loss is: the pooling always is."""
+        return self.objective.is_compiled
+
+    @property
     def num_interests(self) -> int:
         """K, vectors per user."""
         return int(self.config.num_interests)

@@ -1,16 +1,24 @@
 """Attentive pooling on a CPU, compiled: it reads the real places of a batch only.
 
 Most places of a batch are padding (Beauty: 70% at L = 20). `layers.AttentivePooling` has the equations and the form for
-other devices, `layers._PackedPooling` the matrix products between these kernels.
+other devices. `forward` and `backward` do all for some users of a batch, in float32 and without the interpreter, so
+that several threads can share a batch. They are made of functions that can be called one by one, which
+`layers._PackedPooling` does where the larger products between them are taken in another precision.
 
-Shapes:  B users, L history, S = B L places of which P are real, K interests, D width, A inner width, M distances from
-the newest item.
+What belongs to a place (keys, hidden layer, scores) is given for the whole batch; `starts_B1` says where the places of
+the users in question are.
+
+Shapes:  B users in question, L history, S places of the batch of which P are real, K interests, D width, A inner width,
+M distances from the newest item.
 """
 
 import numpy as np
 from numba import njit
 
+from distributed_mi.core.blas import use_one_thread
 from distributed_mi.core.vector_math import dot32, exp32, f32
+
+use_one_thread()
 
 _FAST = {"contract", "reassoc"}
 
@@ -36,34 +44,58 @@ def _distance(place, length, positions_MD):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def gather_keys(mask_BL, rows_SD, positions_MD, places_P, starts_B1, keys_PD):
-    """Find the real places, where each user's begin among them, and their rows plus vectors of positions, if any."""
-    length = mask_BL.shape[1]
+def find_places(mask_BL):
+    """The real places, and where each user's begin among them."""
+    batch, length = mask_BL.shape
+    starts_B1 = np.zeros(batch + 1, np.int64)
+    for b in range(batch):
+        count = 0
+        for t in range(length):
+            count += mask_BL[b, t]
+        starts_B1[b + 1] = starts_B1[b] + count
+    places_P = np.empty(starts_B1[batch], np.int64)
     p = 0
-    for b in range(mask_BL.shape[0]):
-        starts_B1[b] = p
+    for b in range(batch):
         for t in range(length):
             if mask_BL[b, t]:
-                row_D = rows_SD[b * length + t]
-                if len(positions_MD):
-                    _add(row_D, positions_MD[_distance(t, length, positions_MD)], keys_PD[p])
-                else:
-                    for d in range(len(row_D)):  # not a slice, see `embeddings.kernels._copy`
-                        keys_PD[p, d] = row_D[d]
                 places_P[p] = b * length + t
                 p += 1
-    starts_B1[mask_BL.shape[0]] = p
-
-
-@njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
-def tanh_in_place(values_N):
-    """Tanh x = 1 - 2 / (1 + e^2x), within 1e-7."""
-    for n in range(len(values_N)):
-        values_N[n] = f32(1.0) - f32(2.0) / (f32(1.0) + exp32(f32(2.0) * values_N[n]))
+    return places_P, starts_B1
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def pool_forward(scores_KP, rows_SD, places_P, starts_B1, attention_BKL, interests_BKD):
+def gather_keys(rows_SD, positions_MD, length, places_P, starts_B1, keys_PD):
+    """Out: rows of the real places plus vectors of their positions, if any."""
+    for p in range(starts_B1[0], starts_B1[-1]):
+        row_D = rows_SD[places_P[p]]
+        if len(positions_MD):
+            _add(row_D, positions_MD[_distance(places_P[p], length, positions_MD)], keys_PD[p])
+        else:
+            for d in range(len(row_D)):  # not a slice, see `embeddings.kernels._copy`
+                keys_PD[p, d] = row_D[d]
+
+
+@njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
+def _tanh(values_A):
+    """In place: tanh x = 1 - 2 / (1 + e^2x), within 1e-7."""
+    for a in range(len(values_A)):
+        values_A[a] = f32(1.0) - f32(2.0) / (f32(1.0) + exp32(f32(2.0) * values_A[a]))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def score(bias_A, outer_KA, starts_B1, hidden_PA, scores_KP):
+    """Add the bias, if any, to what stands in the hidden layer, take tanh of it, and score the places by that."""
+    for p in range(starts_B1[0], starts_B1[-1]):
+        hidden_A = hidden_PA[p]
+        if len(bias_A):
+            _add_scaled(f32(1.0), bias_A, hidden_A)
+        _tanh(hidden_A)
+        for k in range(len(outer_KA)):
+            scores_KP[k, p] = dot32(hidden_A, outer_KA[k])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def pool(scores_KP, rows_SD, places_P, starts_B1, attention_BKL, interests_BKD):
     """Softmax over each user's real places, and the mean of the rows by it; both outputs start as zeros."""
     length = attention_BKL.shape[2]
     for b in range(len(starts_B1) - 1):
@@ -81,6 +113,29 @@ def pool_forward(scores_KP, rows_SD, places_P, starts_B1, attention_BKL, interes
                 weight = attention_BKL[b, k, places_P[p] % length] / total
                 attention_BKL[b, k, places_P[p] % length] = weight
                 _add_scaled(weight, rows_SD[places_P[p]], interests_BKD[b, k])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def forward(
+    rows_SD,
+    positions_MD,
+    inner_DA,
+    bias_A,
+    outer_KA,
+    places_P,
+    starts_B1,
+    keys_PD,
+    hidden_PA,
+    scores_KP,
+    attention_BKL,
+    interests_BKD,
+):
+    """Interests and attention of some users, of the functions above; the last five are filled in."""
+    here = slice(starts_B1[0], starts_B1[-1])
+    gather_keys(rows_SD, positions_MD, attention_BKL.shape[2], places_P, starts_B1, keys_PD)
+    np.dot(keys_PD[here], inner_DA, hidden_PA[here])
+    score(bias_A, outer_KA, starts_B1, hidden_PA, scores_KP)
+    pool(scores_KP, rows_SD, places_P, starts_B1, attention_BKL, interests_BKD)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -128,19 +183,20 @@ def _through_tanh(hidden_A, flow_A, total_A):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def pool_backward(
+def score_backward(
     grad_interests_BKD,
     grad_attention_BKL,
     attention_BKL,
     rows_SD,
+    outer_KA,
     places_P,
     starts_B1,
-    outer_KA,
     hidden_PA,
-    grad_scores_KP,
+    scores_KP,
     grad_rows_SD,
     flow_PA,
     grad_bias_A,
+    grad_outer_KA,
 ):
     """From the interests and the attention back to what tanh was taken of.
 
@@ -149,14 +205,15 @@ def pool_backward(
         grad_attention_BKL: of the attention; empty: zeros.
         attention_BKL: of the forward pass.
         rows_SD: of the histories.
-        places_P: of `gather_keys`.
-        starts_B1: of `gather_keys`.
         outer_KA: W2, transposed.
+        places_P: of `find_places`.
+        starts_B1: of `find_places`.
         hidden_PA: tanh.
-        grad_scores_KP: out.
+        scores_KP: overwritten by their gradients.
         grad_rows_SD: added to.
-        flow_PA: out, gradient of what tanh was taken of, in its first P rows.
+        flow_PA: out, gradient of what tanh was taken of.
         grad_bias_A: added to, sum of `flow_PA`.
+        grad_outer_KA: added to.
     """
     _scores_backward(
         grad_interests_BKD,
@@ -165,25 +222,74 @@ def pool_backward(
         rows_SD,
         places_P,
         starts_B1,
-        grad_scores_KP,
+        scores_KP,
         grad_rows_SD,
     )
     num_interests = len(outer_KA)
-    for p in range(len(hidden_PA)):
+    for p in range(starts_B1[0], starts_B1[-1]):
         flow_A = flow_PA[p]
         flow_A[:] = f32(0.0)
         for k in range(0, num_interests - 1, 2):
-            _mix(grad_scores_KP[k, p], grad_scores_KP[k + 1, p], outer_KA[k], outer_KA[k + 1], flow_A)
+            _mix(scores_KP[k, p], scores_KP[k + 1, p], outer_KA[k], outer_KA[k + 1], flow_A)
         if num_interests % 2:
-            _add_scaled(grad_scores_KP[num_interests - 1, p], outer_KA[num_interests - 1], flow_A)
+            _add_scaled(scores_KP[num_interests - 1, p], outer_KA[num_interests - 1], flow_A)
         _through_tanh(hidden_PA[p], flow_A, grad_bias_A)
+        for k in range(num_interests):
+            _add_scaled(scores_KP[k, p], hidden_PA[p], grad_outer_KA[k])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def scatter_keys(grad_keys_PD, places_P, length, grad_rows_SD, grad_positions_MD):
+def scatter_keys(grad_keys_PD, places_P, starts_B1, length, grad_rows_SD, grad_positions_MD):
     """Add the gradients of the keys to those of the rows and of the positions."""
-    for p in range(len(places_P)):
+    for p in range(starts_B1[0], starts_B1[-1]):
         _add_scaled(f32(1.0), grad_keys_PD[p], grad_rows_SD[places_P[p]])
         if len(grad_positions_MD):
             distance = _distance(places_P[p], length, grad_positions_MD)
             _add_scaled(f32(1.0), grad_keys_PD[p], grad_positions_MD[distance])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def backward(
+    grad_interests_BKD,
+    grad_attention_BKL,
+    attention_BKL,
+    rows_SD,
+    inner_DA,
+    outer_KA,
+    places_P,
+    starts_B1,
+    keys_PD,
+    hidden_PA,
+    scores_KP,
+    flow_PA,
+    grad_keys_PD,
+    grad_rows_SD,
+    grad_positions_MD,
+    grad_inner_DA,
+    grad_bias_A,
+    grad_outer_KA,
+):
+    """Gradients for some users, of the functions above.
+
+    Room that is overwritten: scores, `flow_PA`, `grad_keys_PD`. Added to: gradients of the rows (of these users), of
+    positions, bias and outer weights. Out: `grad_inner_DA`.
+    """
+    score_backward(
+        grad_interests_BKD,
+        grad_attention_BKL,
+        attention_BKL,
+        rows_SD,
+        outer_KA,
+        places_P,
+        starts_B1,
+        hidden_PA,
+        scores_KP,
+        grad_rows_SD,
+        flow_PA,
+        grad_bias_A,
+        grad_outer_KA,
+    )
+    here = slice(starts_B1[0], starts_B1[-1])
+    np.dot(keys_PD[here].T, flow_PA[here], grad_inner_DA)
+    np.dot(flow_PA[here], inner_DA.T, grad_keys_PD[here])
+    scatter_keys(grad_keys_PD, places_P, starts_B1, attention_BKL.shape[2], grad_rows_SD, grad_positions_MD)

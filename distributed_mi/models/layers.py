@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from distributed_mi.core.cpu import map_slices
 from distributed_mi.core.precision import product, product_dtype
 
 
@@ -89,8 +90,8 @@ class AttentivePooling(nn.Module):
 class _PackedPooling(torch.autograd.Function):
     """`AttentivePooling` from the real places alone, for a CPU; see `kernels`.
 
-    Products with the K columns of W2 are taken transposed, which is four times faster for a K of a few. Those stay in
-    float32 under autocast: they are too thin to gain.
+    Under autocast the two products with W1, which are the large ones, are taken in its precision, by torch, which has
+    all threads then.
     """
 
     @staticmethod
@@ -105,69 +106,116 @@ class _PackedPooling(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         from distributed_mi.models import kernels
 
-        (batch, length, dim), num_interests = rows_BLD.shape, outer_AK.shape[1]
-        rows_BLD = rows_BLD.contiguous()
-        rows_SD, mask = rows_BLD.view(batch * length, dim).numpy(), mask_BL.contiguous().numpy()
-        places, starts = np.empty(np.count_nonzero(mask), np.int64), np.empty(batch + 1, np.int64)
+        batch, length, dim = rows_BLD.shape
+        inner_dim, num_interests = outer_AK.shape
         ctx.dtype = product_dtype("cpu")
+        rows_BLD, inner_DA = rows_BLD.contiguous(), inner_DA.contiguous()
+        rows_SD, inner = rows_BLD.view(batch * length, dim).numpy(), inner_DA.detach().numpy()
+        positions = _NONE if by_distance_MD is None else by_distance_MD.detach().contiguous().numpy()
+        bias = _NO_VECTOR if bias_A is None else bias_A.detach().numpy()
+        outer = outer_AK.detach().T.contiguous().numpy()
+        places, starts = kernels.find_places(mask_BL.contiguous().numpy())
         keys = _with_spare_rows(len(places), dim, ctx.dtype)
-        positions = _NONE if by_distance_MD is None else by_distance_MD.contiguous().numpy()
-        kernels.gather_keys(mask, rows_SD, positions, places, starts, keys)
-        keys_PD = torch.from_numpy(keys)
-        with torch.autocast("cpu", enabled=False):
-            hidden_PA = _affine(keys_PD, inner_DA, bias_A, ctx.dtype)[: len(places)]
-            kernels.tanh_in_place(hidden_PA.view(-1).numpy())
-            scores_KP = (outer_AK.T @ hidden_PA.T).numpy()
+        scores = np.empty((num_interests, len(places)), np.float32)
         attention = np.zeros((batch, num_interests, length), np.float32)
         interests = np.zeros((batch, num_interests, dim), np.float32)
-        kernels.pool_forward(scores_KP, rows_SD, places, starts, attention, interests)
-        attention_BKL, interests_BKD = torch.from_numpy(attention), torch.from_numpy(interests)
-        ctx.places, ctx.starts, ctx.has_bias = places, starts, bias_A is not None
-        ctx.distances = len(positions)
-        ctx.save_for_backward(rows_BLD, attention_BKL, keys_PD, hidden_PA, inner_DA, outer_AK)
+        if ctx.dtype is None:
+            hidden = np.empty((len(places), inner_dim), np.float32)
+
+            def work(b: slice) -> None:
+                of_users = (
+                    places,
+                    starts[b.start : b.stop + 1],
+                    keys,
+                    hidden,
+                    scores,
+                    attention[b],
+                    interests[b],
+                )
+                kernels.forward(rows_SD, positions, inner, bias, outer, *of_users)
+
+            map_slices(work, batch, length * dim)
+        else:
+            kernels.gather_keys(rows_SD, positions, length, places, starts, keys)
+            with torch.autocast("cpu", enabled=False):
+                hidden = product(torch.from_numpy(keys), inner_DA.detach(), ctx.dtype).numpy()
+            kernels.score(bias, outer, starts, hidden, scores)
+            kernels.pool(scores, rows_SD, places, starts, attention, interests)
+        attention_BKL = torch.from_numpy(attention)
+        ctx.kept = (positions, bias, outer, places, starts, keys, hidden, scores)
+        ctx.save_for_backward(rows_BLD, attention_BKL, inner_DA)
         ctx.set_materialize_grads(False)
-        return interests_BKD, attention_BKL
+        return torch.from_numpy(interests), attention_BKL
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from distributed_mi.models import kernels
 
-        rows_BLD, attention_BKL, keys_PD, hidden_PA, inner_DA, outer_AK = ctx.saved_tensors
-        (_, length, dim), (_, num_interests, _) = rows_BLD.shape, attention_BKL.shape
-        attention, rows_SD = attention_BKL.numpy(), rows_BLD.view(-1, dim).numpy()
+        rows_BLD, attention_BKL, inner_DA = ctx.saved_tensors
+        (batch, length, dim), attention = rows_BLD.shape, attention_BKL.numpy()
+        positions, bias, outer, places, starts, keys, hidden, scores = ctx.kept
+        rows_SD, inner = rows_BLD.view(-1, dim).numpy(), inner_DA.numpy()
         grad_interests = np.zeros((*attention.shape[:2], dim), np.float32)
         if grads[0] is not None:
             grad_interests = grads[0].contiguous().numpy()
         grad_attention = _NONE[None][:0] if grads[1] is None else grads[1].contiguous().numpy()
-        grad_scores = np.empty((num_interests, len(ctx.places)), np.float32)
-        grad_rows = np.zeros(rows_SD.shape, np.float32)
-        flow = _with_spare_rows(len(ctx.places), hidden_PA.shape[1], ctx.dtype)
-        grad_bias = np.zeros(hidden_PA.shape[1], np.float32)
-        kernels.pool_backward(
-            grad_interests,
-            grad_attention,
-            attention,
-            rows_SD,
-            ctx.places,
-            ctx.starts,
-            outer_AK.T.contiguous().numpy(),
-            hidden_PA.numpy(),
-            grad_scores,
-            grad_rows,
-            flow,
-            grad_bias,
-        )
-        flow_PA = torch.from_numpy(flow)
-        grad_positions = np.zeros((ctx.distances, dim), np.float32)
-        grad_keys = product(flow_PA, inner_DA.T, ctx.dtype).numpy()
-        kernels.scatter_keys(grad_keys, ctx.places, length, grad_rows, grad_positions)
+        grad_rows_BLD = torch.zeros_like(rows_BLD)
+        grad_rows = grad_rows_BLD.view(-1, dim).numpy()
+        flow = _with_spare_rows(len(places), hidden.shape[1], ctx.dtype)
+
+        def room() -> tuple[np.ndarray, ...]:
+            """For gradients of positions, bias and outer weights."""
+            return np.zeros_like(positions), np.zeros(hidden.shape[1], np.float32), np.zeros_like(outer)
+
+        def work(b: slice) -> tuple[np.ndarray, ...]:
+            of_positions, of_bias, of_outer = room()
+            of_inner = np.empty_like(inner)
+            kernels.backward(
+                grad_interests[b],
+                grad_attention[b],
+                attention[b],
+                rows_SD,
+                inner,
+                outer,
+                places,
+                starts[b.start : b.stop + 1],
+                keys,
+                hidden,
+                scores,
+                flow,
+                grad_keys,
+                grad_rows,
+                of_positions,
+                of_inner,
+                of_bias,
+                of_outer,
+            )
+            return of_positions, of_inner, of_bias, of_outer
+
+        if ctx.dtype is None:
+            grad_keys = np.empty_like(keys)
+            parts = map_slices(work, batch, length * dim)
+            of_positions, of_inner, of_bias, of_outer = parts[0]
+            for part in parts[1:]:
+                for total, value in zip(parts[0], part, strict=True):
+                    total += value
+        else:
+            of_positions, of_bias, of_outer = room()
+            kernels.score_backward(
+                grad_interests, grad_attention, attention, rows_SD, outer, places, starts, hidden, scores,
+                grad_rows, flow, of_bias, of_outer,
+            )  # fmt: skip
+            flow_PA = torch.from_numpy(flow)
+            grad_keys = product(flow_PA, inner_DA.T, ctx.dtype).numpy()
+            kernels.scatter_keys(grad_keys, places, starts, length, grad_rows, of_positions)
+            of_inner = product(torch.from_numpy(keys).T, flow_PA, ctx.dtype).numpy()
         return (
-            torch.from_numpy(grad_rows).view(rows_BLD.shape),
+            grad_rows_BLD,
             None,
-            torch.from_numpy(grad_positions) if ctx.distances else None,
-            product(keys_PD.T, flow_PA, ctx.dtype),
-            torch.from_numpy(grad_bias) if ctx.has_bias else None,
-            (torch.from_numpy(grad_scores) @ hidden_PA).T,
+            torch.from_numpy(of_positions) if len(positions) else None,
+            torch.from_numpy(of_inner),
+            torch.from_numpy(of_bias) if len(bias) else None,
+            torch.from_numpy(of_outer).T,
         )
 
 
@@ -187,17 +235,8 @@ def _with_spare_rows(rows: int, width: int, dtype: torch.dtype | None) -> np.nda
     return out
 
 
-def _affine(x_PD: Tensor, weight_DA: Tensor, bias_A: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-    """`x @ weight + bias` as float32, of factors rounded to a dtype, if any."""
-    if bias_A is None:
-        return product(x_PD, weight_DA, dtype)
-    if dtype is None:
-        return torch.addmm(bias_A, x_PD, weight_DA)
-    return torch.addmm(bias_A.to(dtype), x_PD.to(dtype), weight_DA.to(dtype)).float()
-
-
-_NONE = np.empty((0, 0), np.float32)
-"""Stands for a matrix that is not there."""
+_NONE, _NO_VECTOR = np.empty((0, 0), np.float32), np.empty(0, np.float32)
+"""Stand for what is not there."""
 
 
 class SelfAttention(nn.Module):

@@ -42,6 +42,11 @@ class Objective:
         return self.config.name in {"sampled_softmax", "hard_negatives", "in_batch"}
 
     @property
+    def is_compiled(self) -> bool:
+        """Whether the loss is a compiled kernel on a CPU."""
+        return self.config.name in {"sampled_softmax", "hard_negatives"}
+
+    @property
     def default_read_out(self) -> ReadOut | None:
         """What a model with several interests begins with; None where the loss chooses for each item anew."""
         chooses = self.config.name == "full_softmax" and self.config.choice != "target"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from distributed_mi.core import cpu
 from distributed_mi.models.layers import AttentivePooling
 
 
@@ -63,6 +64,43 @@ def test_packed_attention_rounds_the_factors_of_its_large_products_under_autocas
     for one, other in zip(rounded, exact, strict=True):
         assert not torch.equal(one, other)
         assert (one - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("users", [1, 2, 7])
+def test_a_batch_shared_by_threads_has_the_values_and_gradients_of_one(
+    users: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of the weights are added up thread by thread, so their last bits differ."""
+    monkeypatch.setattr(cpu, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(cpu, "_num_cores", lambda: 3)
+    torch.manual_seed(0)
+    pooling = AttentivePooling(6, 3, attention_dim=11, max_history=5, bias=True, positions=True)
+    mask = torch.arange(5) >= 5 - torch.randint(1, 6, (users, 1))
+    rows = torch.randn(users, 5, 6, requires_grad=True)
+    weight = torch.randn(users, 3, 6)
+
+    def run() -> list[torch.Tensor]:
+        interests, attention = pooling(rows, mask)
+        total = (interests * weight).sum() + attention.square().sum()
+        return [interests, attention, *torch.autograd.grad(total, [rows, *pooling.parameters()])]
+
+    one, before = run(), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with cpu.threads_for_kernels():
+            shared = run()
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(shared, one, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gradient_may_be_taken_twice() -> None:
+    pooling = AttentivePooling(6, 3, attention_dim=11, max_history=5, bias=True, positions=True)
+    rows = torch.randn(4, 5, 6, requires_grad=True)
+    total = pooling(rows, torch.ones(4, 5, dtype=torch.bool))[0].square().sum()
+    leaves = [rows, *pooling.parameters()]
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(total, leaves), strict=True))
 
 
 def test_a_worker_without_users_has_no_interests() -> None:
