@@ -4,6 +4,7 @@ Shapes:  N gradients, U distinct rows, D width.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,19 +16,23 @@ _COUNTED = 16
 """Rows of a table per gradient up to which a look at every row is faster than sorting."""
 
 
+PARTS = 3
+"""Matrices of gradients that kernels take: histories, targets and negatives of a step."""
+
+
 @dataclass(frozen=True)
 class RowGradients:
     """Gradients of some rows; several may belong to one row and add up.
 
     Args:
         slots_N: int64, the row of each gradient.
-        grads_ND: float32.
+        parts: float32 `[N_i, D]`, one below the other `[N, D]`.
         num_rows: of the store that the slots belong to.
         holds_padding: whether slot 0 is padding, which is left out.
     """
 
     slots_N: Tensor
-    grads_ND: Tensor
+    parts: list[Tensor]
     num_rows: int
     holds_padding: bool
 
@@ -36,35 +41,58 @@ class RowGradients:
         cls, pending: list[tuple[Tensor, Tensor]], *, num_rows: int, holds_padding: bool
     ) -> "RowGradients":
         """From (slots, gradients) pairs of one or more lookups; slots may repeat."""
-        if len(pending) == 1:
-            return cls(*pending[0], num_rows, holds_padding)
-        slots, grads = (torch.cat(parts) for parts in zip(*pending, strict=True))
-        return cls(slots, grads, num_rows, holds_padding)
+        slots, grads = zip(*pending, strict=True)
+        slots_N = slots[0] if len(slots) == 1 else torch.cat(slots)
+        return cls(slots_N, [g.contiguous() for g in grads], num_rows, holds_padding)
 
     @property
     def compiled(self) -> bool:
         """Whether the kernels of `kernels.py` can take it."""
-        return is_plain(self.grads_ND)
+        return all(is_plain(grads) for grads in self.parts)
 
     def summed(self) -> tuple[Tensor, Tensor]:
         """Distinct slots without padding, ascending, and the sum of each one's gradients `[U, D]`."""
         slots_U, inverse_N = torch.unique(self.slots_N, return_inverse=True)
         first = int(self.holds_padding and len(slots_U) > 0 and int(slots_U[0]) == 0)
-        totals_UD = self.grads_ND.new_zeros((len(slots_U), self.grads_ND.shape[1]))
-        add_by_row(inverse_N, self.grads_ND, totals_UD)
+        totals_UD = self.parts[0].new_zeros((len(slots_U), self.parts[0].shape[1]))
+        add_by_row(inverse_N, torch.cat(self.parts), totals_UD)
         return slots_U[first:], totals_UD[first:]
 
-    def grouped(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """`slots_U` (without padding, ascending), `starts_P`, `order_N`, `grads_ND` as the kernels take them."""
+    def grouped(self) -> "Grouped":
+        """The same for the kernels."""
         from distributed_mi.embeddings import kernels
 
-        grads_ND, first = self.grads_ND.numpy(), int(self.holds_padding)
+        parts = self.parts if len(self.parts) <= PARTS else [torch.cat(self.parts)]
+        arrays = [grads.numpy() for grads in parts]
+        arrays += [arrays[0][:0]] * (PARTS - len(arrays))
         if self.num_rows <= _COUNTED * len(self.slots_N):
-            return *kernels.group_by_counting(self.slots_N.numpy(), self.num_rows, first), grads_ND
+            first = int(self.holds_padding)
+            places = kernels.group_by_counting(self.slots_N.numpy(), self.num_rows, first)
+            return Grouped(places[0], places[1], places[2], tuple(arrays))
         slots_U, inverse_N = torch.unique(self.slots_N, return_inverse=True)
         starts_P, order_N = kernels.group_by_row(inverse_N.numpy(), len(slots_U))
         first = int(self.holds_padding and len(slots_U) > 0 and int(slots_U[0]) == 0)
-        return slots_U.numpy()[first:], starts_P[first:], order_N, grads_ND
+        return Grouped(slots_U.numpy()[first:], starts_P[first:], order_N, tuple(arrays))
+
+
+class Grouped(NamedTuple):
+    """Row gradients as the kernels take them.
+
+    Args:
+        slots_U: distinct slots without padding, ascending.
+        starts_P: `[U + 1]`, where each one's gradients begin in `order_N`.
+        order_N: places of gradients in `parts`.
+        parts: `PARTS` matrices, one below the other.
+    """
+
+    slots_U: np.ndarray
+    starts_P: np.ndarray
+    order_N: np.ndarray
+    parts: tuple[np.ndarray, ...]
+
+    def of_rows(self, rows: slice) -> "Grouped":
+        """The part of some of the distinct slots."""
+        return self._replace(slots_U=self.slots_U[rows], starts_P=self.starts_P[rows.start : rows.stop + 1])
 
 
 def add_by_row(inverse_N: Tensor, grads_ND: Tensor, out_UD: Tensor) -> None:

@@ -91,11 +91,21 @@ def _add(grad_D, total_D):
         total_D[d] += grad_D[d]
 
 
+@njit(inline="always")
+def _row(parts, n):
+    """Row n of matrices that stand one below the other."""
+    i = 0
+    while n >= len(parts[i]):
+        n -= len(parts[i])
+        i += 1
+    return parts[i][n]
+
+
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
-def _total(u, starts_P, order_N, grads_ND, total_D):
-    _copy(grads_ND[order_N[starts_P[u]]], total_D)
+def _total(u, starts_P, order_N, parts, total_D):
+    _copy(_row(parts, order_N[starts_P[u]]), total_D)
     for at in range(starts_P[u] + 1, starts_P[u + 1]):
-        _add(grads_ND[order_N[at]], total_D)
+        _add(_row(parts, order_N[at]), total_D)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -112,13 +122,13 @@ def _descend(weight_D, grad_D, lr):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def sgd(weight_RD, slots_U, starts_P, order_N, grads_ND, lr):
+def sgd(weight_RD, slots_U, starts_P, order_N, parts, lr):
     """`w -= lr g`."""
     total_D = np.empty(weight_RD.shape[1], np.float32)
     for u in range(len(slots_U)):
         if u + _AHEAD < len(slots_U):
             fetch_to_write(weight_RD, slots_U[u + _AHEAD])
-        _total(u, starts_P, order_N, grads_ND, total_D)
+        _total(u, starts_P, order_N, parts, total_D)
         _descend(weight_RD[slots_U[u]], total_D, np.float32(lr))
 
 
@@ -130,27 +140,27 @@ def _adagrad_row(weight_D, sums_D, grad_D, lr, eps):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def adagrad(weight_RD, sums_RD, slots_U, starts_P, order_N, grads_ND, lr, eps):
+def adagrad(weight_RD, sums_RD, slots_U, starts_P, order_N, parts, lr, eps):
     """`s += g^2; w -= lr g / (sqrt(s) + eps)`, number by number."""
     total_D = np.empty(weight_RD.shape[1], np.float32)
     for u in range(len(slots_U)):
         if u + _AHEAD < len(slots_U):
             fetch_to_write(weight_RD, slots_U[u + _AHEAD])
             fetch_to_write(sums_RD, slots_U[u + _AHEAD])
-        _total(u, starts_P, order_N, grads_ND, total_D)
+        _total(u, starts_P, order_N, parts, total_D)
         slot = slots_U[u]
         _adagrad_row(weight_RD[slot], sums_RD[slot], total_D, np.float32(lr), np.float32(eps))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def row_adagrad(weight_RD, sums_R, slots_U, starts_P, order_N, grads_ND, lr, eps):
+def row_adagrad(weight_RD, sums_R, slots_U, starts_P, order_N, parts, lr, eps):
     """The same with one sum per row, of the mean squares of its gradients."""
     width = np.float32(weight_RD.shape[1])
     total_D = np.empty(weight_RD.shape[1], np.float32)
     for u in range(len(slots_U)):
         if u + _AHEAD < len(slots_U):
             fetch_to_write(weight_RD, slots_U[u + _AHEAD])
-        _total(u, starts_P, order_N, grads_ND, total_D)
+        _total(u, starts_P, order_N, parts, total_D)
         slot = slots_U[u]
         sums_R[slot] += dot32(total_D, total_D) / width
         step = np.float32(lr) / (np.sqrt(sums_R[slot]) + np.float32(eps))
@@ -176,7 +186,7 @@ def adam(
     slots_U,
     starts_P,
     order_N,
-    grads_ND,
+    parts,
     lr,
     beta1,
     beta2,
@@ -195,7 +205,7 @@ def adam(
             fetch_to_write(weight_RD, slots_U[u + _AHEAD])
             fetch_to_write(mean_RD, slots_U[u + _AHEAD])
             fetch_to_write(square_RD, slots_U[u + _AHEAD])
-        _total(u, starts_P, order_N, grads_ND, total_D)
+        _total(u, starts_P, order_N, parts, total_D)
         slot = slots_U[u]
         updates_R[slot] += 1
         count = updates_R[slot]
@@ -216,3 +226,22 @@ def adam(
             root,
             np.float32(eps),
         )
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def dense_adam(weight_N, mean_N, square_N, steps_1, grad_N, lr, beta1, beta2, eps):
+    """Adam on all numbers of a parameter; `steps_1` counts."""
+    steps_1[0] += 1
+    count = np.float64(steps_1[0])
+    _adam_row(
+        weight_N,
+        mean_N,
+        square_N,
+        grad_N,
+        np.float32(1 - beta1),
+        np.float32(beta2),
+        np.float32(1 - beta2),
+        np.float32(lr / (1 - beta1**count)),
+        np.float32(np.sqrt(1 - beta2**count)),
+        np.float32(eps),
+    )

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from distributed_mi.core.cpu import map_slices
 from distributed_mi.embeddings.config import TableOptimizerConfig
-from distributed_mi.embeddings.gradients import RowGradients
+from distributed_mi.embeddings.gradients import Grouped, RowGradients
 
 _CORRECTIONS = 8_192
 """Counts of updates for which Adam's corrections of the bias stand in a table."""
@@ -47,15 +48,19 @@ class TableOptimizer(ABC):
         """`update` for gradients that still have to be added up, on a CPU by the compiled form; how many rows."""
         if gradients.compiled:
             arrays = {name: tensor.numpy() for name, tensor in state.items()}
-            grouped = gradients.grouped()
-            self._run_kernel(weight_RD.numpy(), arrays, grouped, lr)
-            return len(grouped[0])
+            weight, grouped = weight_RD.numpy(), gradients.grouped()
+            map_slices(
+                lambda rows: self._run_kernel(weight, arrays, grouped.of_rows(rows), lr),
+                len(grouped.slots_U),
+                weight.shape[1],
+            )
+            return len(grouped.slots_U)
         slots_U, totals_UD = gradients.summed()
         self.update(weight_RD, state, slots_U, totals_UD, lr)
         return len(slots_U)
 
     @abstractmethod
-    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: Grouped, lr: float) -> None:
         """The compiled form of `update`, on arrays; `grouped` as `RowGradients.grouped` gives it."""
 
 
@@ -86,7 +91,7 @@ class SGD(TableOptimizer):
         """`w -= lr g`."""
         weight_RD.index_add_(0, slots_U, grad_UD, alpha=-lr)
 
-    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: Grouped, lr: float) -> None:
         from distributed_mi.embeddings import kernels
 
         kernels.sgd(weight_RD, *grouped, lr)
@@ -114,7 +119,7 @@ class Adagrad(TableOptimizer):
         state["sum_of_squares"].index_copy_(0, slots_U, sums)
         weight_RD.index_add_(0, slots_U, grad_UD / sums.sqrt().add_(self.eps), alpha=-lr)
 
-    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: Grouped, lr: float) -> None:
         from distributed_mi.embeddings import kernels
 
         kernels.adagrad(weight_RD, state["sum_of_squares"], *grouped, lr, self.eps)
@@ -131,7 +136,7 @@ class RowAdagrad(Adagrad):
         """Mean square of each row."""
         return grad_UD.square().mean(dim=1, keepdim=True)
 
-    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: Grouped, lr: float) -> None:
         from distributed_mi.embeddings import kernels
 
         kernels.row_adagrad(weight_RD, state["sum_of_squares"][:, 0], *grouped, lr, self.eps)
@@ -173,7 +178,7 @@ class LazyAdam(TableOptimizer):
         denominator = square.sqrt_().div_(root_correction_U1).add_(self.eps)
         weight_RD.index_add_(0, slots_U, mean.mul_(step_size_U1).div_(denominator), alpha=-1)
 
-    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: tuple[Any, ...], lr: float) -> None:
+    def _run_kernel(self, weight_RD: Any, state: dict[str, Any], grouped: Grouped, lr: float) -> None:
         from distributed_mi.embeddings import kernels
 
         moments = (state["mean"], state["mean_square"], state["num_updates"])

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from distributed_mi.core.cpu import is_plain
+from distributed_mi.core.cpu import is_plain, map_slices
 from distributed_mi.core.errors import CheckpointError, InputError
 from distributed_mi.embeddings.gradients import RowGradients
 from distributed_mi.embeddings.initial import normal_rows
@@ -62,7 +62,8 @@ class RowStore:
         from distributed_mi.embeddings import kernels
 
         out_ND = self.weight_RD.new_empty((len(slots_N), self.dim))
-        kernels.gather(self.weight_RD.numpy(), slots_N.contiguous().numpy(), out_ND.numpy())
+        weight, slots, out = self.weight_RD.numpy(), slots_N.contiguous().numpy(), out_ND.numpy()
+        map_slices(lambda n: kernels.gather(weight, slots[n], out[n]), len(slots), self.dim)
         return out_ND
 
     def collect(self, slots: Tensor, grads: Tensor) -> None:

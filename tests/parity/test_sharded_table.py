@@ -557,13 +557,32 @@ def test_compiled_and_torch_forms_of_an_update_agree(name: str, monkeypatch: pyt
         torch.testing.assert_close(compiled[key], values, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", ["adam", "adagrad", "row_adagrad", "sgd"])
+@pytest.mark.parametrize("lookups", [1, 2, 3, 4, 7])
+def test_gradients_of_any_number_of_lookups_add_up(name: str, lookups: int) -> None:
+    """In a step of several accumulation parts each part looks up for itself."""
+    ids = torch.randint(0, 50, (lookups, 9), generator=torch.Generator().manual_seed(lookups))
+
+    def trained(*asked: Tensor) -> dict[str, Tensor]:
+        table = LocalItemTable(50, 7, seed=2, optimizer=make_optimizer(TableOptimizerConfig(name=name)))
+        for _ in range(3):
+            for part in asked:
+                (table.rows(part) - 1).square().sum().backward()
+            table.step(0.05)
+        return table.state()[1]
+
+    together = trained(ids.reshape(-1))
+    for key, values in trained(*ids).items():
+        torch.testing.assert_close(together[key], values, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("holds_padding", [True, False])
 def test_gradients_are_grouped_alike_by_counting_and_by_sorting(
     holds_padding: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = torch.Generator().manual_seed(1)
     for slots in (torch.randint(0, 40, (200,), generator=generator), torch.zeros(3, dtype=torch.int64)):
-        given = RowGradients(slots, torch.randn(len(slots), 4, generator=generator), 40, holds_padding)
+        given = RowGradients(slots, [torch.randn(len(slots), 4, generator=generator)], 40, holds_padding)
         found = []
         for counted in (16, 0):
             monkeypatch.setattr(gradients, "_COUNTED", counted)
