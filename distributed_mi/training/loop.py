@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from distributed_mi.core.artifacts import write_bytes
+from distributed_mi.core.cpu import threads_for_kernels
 from distributed_mi.core.errors import StageError
 from distributed_mi.core.seeding import stream_key
 from distributed_mi.embeddings.group import WorkerGroup
@@ -111,6 +113,9 @@ class Trainer:
         if config.profile_steps and run.group.rank == 0:
             self._profile = Profile(config.profile_steps, fs, f"{self._folder}/profile", run.group.device)
         self._dropout_key = stream_key(config.seed, f"dropout/{run.group.rank}")
+        on_cpu = run.group.device.type == "cpu" and config.engine.precision == "fp32"
+        compiled = run.model.is_compiled and on_cpu and not config.engine.uses_deepspeed
+        self._threads = threads_for_kernels if compiled else nullcontext
         self._row_learning_rate = config.table.learning_rate or config.learning_rate
         run.model.train()
 
@@ -207,8 +212,9 @@ class Trainer:
         self._meter.wait_seconds += time.monotonic() - started
         for batch in upcoming:
             run.table.announce(*run.model.step_ids(batch))
-        self._pending.append(run.engine.step(batches, run.batches.num_users))
-        run.table.step(self._row_learning_rate)
+        with self._threads():
+            self._pending.append(run.engine.step(batches, run.batches.num_users))
+            run.table.step(self._row_learning_rate)
         state.step += 1
 
     def _seed_dropout(self, step: int) -> None:

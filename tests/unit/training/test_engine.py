@@ -67,6 +67,39 @@ def assert_same(got: dict[str, Any], expected: dict[str, Any], tolerance: float)
         torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("clipping", [0.0, 0.05])
+def test_plain_engine_descends_as_torch_adam_does(
+    tmp_path: Path, clipping: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(by_torch: bool) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        settings = {"gradient_clipping": clipping}
+        _, run = build(config(engine=settings, model=MODELS["layers"]), tmp_path)
+        assert run.engine._compiled
+        run.engine._compiled = not by_torch
+        losses(run, 0, 12)
+        return run.engine.dense_state(), run.engine.optimizer_state()
+
+    for compiled, torch_s in zip(run(False), run(True), strict=True):
+        assert compiled.keys() == torch_s.keys()
+        for name, value in compiled.items():
+            torch.testing.assert_close(value, torch_s[name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_parameter_without_a_gradient_stays_and_its_steps_are_not_counted(tmp_path: Path) -> None:
+    _, run = build(config(model=MODELS["layers"]), tmp_path)
+    name, idle = next(iter(run.engine.parameters.items()))
+    before = idle.detach().clone()
+    losses(run, 0, 1)
+    moved = idle.detach().clone()
+    idle.requires_grad_(False)
+    losses(run, 1, 3)
+    assert not torch.equal(before, moved)
+    assert torch.equal(moved, idle.detach())
+    steps = {n: float(v) for n, v in run.engine.optimizer_state().items() if n.endswith(".step")}
+    assert steps.pop(f"{name}.step") == 1
+    assert set(steps.values()) == {3}
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize(
     ("engine", "model"),

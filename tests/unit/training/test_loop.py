@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from distributed_mi.core import cpu
 from distributed_mi.core.errors import CheckpointError, StageError
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.training.checkpoint import load_model
@@ -251,3 +252,40 @@ def test_two_workers_are_told_of_the_lookups_to_come_and_end_where_one_does(tmp_
         for name, value in alone["dense"].items():
             expected = torch.tensor(value)
             torch.testing.assert_close(torch.tensor(found["dense"][name]), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "engine", "kernels"),
+    [
+        ("remi", {}, 3),
+        ("remi", {"precision": "bf16"}, 0),
+        ("remi", {"zero_stage": 1}, 0),
+        ("youtube_dnn", {}, 0),
+    ],
+    ids=str,
+)
+def test_threads_go_to_kernels_where_they_do_the_work_and_change_no_number(
+    tmp_path: Path, name: str, engine: dict[str, Any], kernels: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_WORTH_A_THREAD", 1)
+    monkeypatch.setattr(cpu, "_num_cores", lambda: 3)
+    before, seen, found = torch.get_num_threads(), [], []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            trainer, run = build(config(model={"name": name}, engine=engine), tmp_path / str(threads))
+            step = run.engine.step
+
+            def watched(*args: Any, step: Any = step) -> torch.Tensor:
+                seen.append((torch.get_num_threads(), cpu._here.kernels))
+                return step(*args)
+
+            monkeypatch.setattr(run.engine, "step", watched)
+            trainer.train()
+            found.append(weights(run))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert set(seen[len(seen) // 2 :]) == {(1, 3) if kernels else (3, 0)}
+    for key, values in found[0].items():
+        torch.testing.assert_close(found[1][key], values, rtol=1e-4, atol=1e-5)
