@@ -1,7 +1,7 @@
-"""Training steps of REMI: ours against the public code (github.com/Tokkiu/REMI), same users, one thread each.
+"""Training steps of REMI: ours against the public code (github.com/Tokkiu/REMI), same users, same threads.
 
     $ distributed-mi prepare jobs/configs/beauty-remi.toml data.interactions=... data.items=... workspace=WORKSPACE
-    $ python -m benchmarks.bench_train_step --source CHECKOUT/src --workspace WORKSPACE
+    $ python -m benchmarks.bench_train_step --source CHECKOUT/src --workspace WORKSPACE [--threads 2]
 
 A step is 128 users, 1,280 shared negatives, 20 history items, width 64, 4 interests, lambda 100, beta 1, Adam, with
 its batch: sampling users, forward, backward, update. Sides:
@@ -130,7 +130,7 @@ def write_training_users(workspace: Workspace, path: Path) -> int:
 
 def make_side(payload: dict[str, Any]) -> Callable[[], None]:
     """A call of some steps of one side."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(payload["threads"])
     side, folder = payload["side"], payload["folder"]
     step: Callable[[], None]
     if side in OURS:
@@ -150,6 +150,7 @@ def main() -> int:
         "--source", type=Path, required=True, help="the src folder of a checkout of Tokkiu/REMI"
     )
     parser.add_argument("--workspace", required=True, help="a workspace whose prepare stage is complete")
+    parser.add_argument("--threads", type=int, default=1, help="of each side's process")
     parser.add_argument("--repeats", type=int, default=9, help="measured calls of each side")
     parser.add_argument("--steps", type=int, default=60, help="steps in one call")
     parser.add_argument("--results", type=Path, default=harness.RESULTS, help="folder of the result")
@@ -158,7 +159,7 @@ def main() -> int:
         workspace = Workspace(args.workspace)
         num_items = write_training_users(workspace, Path(folder) / "train.txt")
         common = {"workspace": args.workspace, "source": str(args.source), "folder": folder}
-        common |= {"items": num_items, "steps": args.steps}
+        common |= {"items": num_items, "steps": args.steps, "threads": args.threads}
         sides = {}
         for name in (*OURS, STUBBED, PUBLISHED):
             side = OwnProcess("benchmarks.bench_train_step:make_side", common | {"side": name})
@@ -170,11 +171,13 @@ def main() -> int:
             warmup=2,
             extra={"items": num_items, "users": workspace.stage("prepare").require().rows["train"]},
         )
+    one = args.threads == 1
     notes = (
-        "One thread and a process of its own for each side; the sides take turns. Lazy Adam on the item table here, "
-        "dense Adam there."
+        f"{'One thread' if one else f'{args.threads} threads'} and a process of its own for each side; the sides take "
+        "turns. Lazy Adam on the item table here, dense Adam there."
     )
-    print(harness.write("train_step", result, notes=notes, folder=args.results).read_text())
+    name = "train_step" if one else f"train_step_{args.threads}_threads"
+    print(harness.write(name, result, notes=notes, folder=args.results).read_text())
     return 0
 
 

@@ -204,8 +204,11 @@ def pad_left(
     mask_BL = place_BL >= np.asarray(starts)[:, None]
     if not len(items):
         return np.zeros(place_BL.shape, np.int64), mask_BL
-    ids_BL = np.where(mask_BL, items[np.where(mask_BL, place_BL, 0)], 0)
-    return ids_BL.astype(np.int64, copy=False), mask_BL
+    ids_BL = items.take(place_BL, mode="clip").astype(
+        np.int64, copy=False
+    )  # a copy; places before 0 are masked
+    ids_BL *= mask_BL
+    return ids_BL, mask_BL
 
 
 class _Step:

@@ -47,6 +47,11 @@ class YouTubeDNN(Recommender):
         return self.objective.reads_log_q
 
     @property
+    def is_compiled(self) -> bool:
+        """Where the loss is, which takes most of a step."""
+        return self.objective.is_compiled
+
+    @property
     def num_interests(self) -> int:
         """One."""
         return 1

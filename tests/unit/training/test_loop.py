@@ -255,17 +255,22 @@ def test_two_workers_are_told_of_the_lookups_to_come_and_end_where_one_does(tmp_
 
 
 @pytest.mark.parametrize(
-    ("name", "engine", "kernels"),
+    ("model", "engine", "kernels"),
     [
-        ("remi", {}, 3),
-        ("remi", {"precision": "bf16"}, 0),
-        ("remi", {"zero_stage": 1}, 0),
-        ("youtube_dnn", {}, 0),
+        ({"name": "remi"}, {}, 3),
+        ({"name": "remi"}, {"precision": "bf16"}, 0),
+        ({"name": "remi"}, {"zero_stage": 1}, 0),
+        ({"name": "youtube_dnn"}, {}, 3),
+        ({"name": "youtube_dnn", "loss": {"name": "in_batch"}}, {}, 0),
     ],
     ids=str,
 )
 def test_threads_go_to_kernels_where_they_do_the_work_and_change_no_number(
-    tmp_path: Path, name: str, engine: dict[str, Any], kernels: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    model: dict[str, Any],
+    engine: dict[str, Any],
+    kernels: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cpu, "_WORTH_A_THREAD", 1)
     monkeypatch.setattr(cpu, "_num_cores", lambda: 3)
@@ -273,7 +278,7 @@ def test_threads_go_to_kernels_where_they_do_the_work_and_change_no_number(
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            trainer, run = build(config(model={"name": name}, engine=engine), tmp_path / str(threads))
+            trainer, run = build(config(model=model, engine=engine), tmp_path / str(threads))
             step = run.engine.step
 
             def watched(*args: Any, step: Any = step) -> torch.Tensor:
