@@ -130,6 +130,26 @@ def test_jobs_that_arrive_as_a_helper_falls_asleep_are_found(monkeypatch: pytest
     assert PATIENCE > 60
 
 
+def test_scipys_products_keep_to_the_calling_thread_and_numpys_do_not() -> None:
+    """Kernels that share a batch take products in several threads at once."""
+    script = """
+from threadpoolctl import ThreadpoolController
+import numpy, scipy.linalg.cython_blas
+def threads():
+    found = [c for c in ThreadpoolController().lib_controllers if c.user_api == "blas"]
+    for library in found:
+        yield ("numpy" in library.filepath, library.num_threads)
+for library in ThreadpoolController().lib_controllers:
+    library.set_num_threads(2)
+from distributed_mi.core.blas import use_one_thread
+use_one_thread()
+after = dict(threads())
+assert after[False] == 1, after
+assert after.get(True, 2) == 2, after
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, env=dict(os.environ))
+
+
 def test_a_forked_child_has_a_crew_of_its_own() -> None:
     script = """
 import os

@@ -6,6 +6,7 @@ import torch
 from numba import njit
 
 from distributed_mi.core import cpu
+from distributed_mi.core.precision import product
 from distributed_mi.core.vector_math import exp32, largest32
 from distributed_mi.losses import sampled_softmax as module
 from distributed_mi.losses.sampled_softmax import sampled_softmax
@@ -87,6 +88,21 @@ def test_products_are_rounded_under_autocast_and_nothing_else_is(beta: float) ->
         assert one.dtype == torch.float32
         assert not torch.equal(one, other)
         assert (one - other).norm() < 0.02 * other.norm()
+
+
+def test_every_product_is_taken_in_the_precision_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores forward, queries and negatives backward."""
+    asked: list[tuple[torch.dtype | None, tuple[int, ...]]] = []
+
+    def watched(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        found = product(one, other, dtype)
+        asked.append((dtype, tuple(found.shape)))
+        return found
+
+    monkeypatch.setattr(module, "product", watched)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses_and_gradients(problem(), beta=1.0)
+    assert asked == [(torch.bfloat16, shape) for shape in ((37, 151), (37, 8), (151, 8))]
 
 
 def test_a_gradient_may_be_taken_twice() -> None:

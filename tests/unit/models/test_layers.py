@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from distributed_mi.core import cpu
+from distributed_mi.core.precision import product
+from distributed_mi.models import layers
 from distributed_mi.models.layers import AttentivePooling
 
 
@@ -64,6 +66,23 @@ def test_packed_attention_rounds_the_factors_of_its_large_products_under_autocas
     for one, other in zip(rounded, exact, strict=True):
         assert not torch.equal(one, other)
         assert (one - other).norm() < 0.01 * other.norm()
+
+
+def test_every_large_product_is_taken_in_the_precision_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden layer forward, keys and W1 backward; rows are filled up to 64."""
+    asked: list[tuple[torch.dtype | None, tuple[int, ...]]] = []
+
+    def watched(one: torch.Tensor, other: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+        found = product(one, other, dtype)
+        asked.append((dtype, tuple(found.shape)))
+        return found
+
+    monkeypatch.setattr(layers, "product", watched)
+    pooling = AttentivePooling(16, 3, attention_dim=32, max_history=9, bias=True, positions=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        interests, _ = pooling(torch.randn(4, 9, 16), torch.ones(4, 9, dtype=torch.bool))
+    interests.sum().backward()
+    assert asked == [(torch.bfloat16, shape) for shape in ((64, 32), (64, 16), (16, 32))]
 
 
 @pytest.mark.parametrize("users", [1, 2, 7])
