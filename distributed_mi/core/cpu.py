@@ -22,9 +22,6 @@ Result = TypeVar("Result")
 _WORTH_A_WAKE, _WORTH_A_THREAD = 1 << 18, 1 << 14
 """Numbers to work through below which another thread costs more than it saves, where it may sleep and where not."""
 
-_HEAD_START = 0.05
-"""Share of a slice by which the calling thread's is larger: it begins earlier than those that it calls."""
-
 
 class _Here(threading.local):
     """Of each thread."""
@@ -84,8 +81,7 @@ def map_slices(work: Callable[[slice], Result], rows: int, numbers_per_row: int)
     else:
         available, worth = torch.get_num_threads(), _WORTH_A_WAKE
     threads = max(1, min(available, _num_cores(), rows * numbers_per_row // worth, rows))
-    first = rows if threads == 1 else round(rows * (1 + _HEAD_START * (threads - 1)) / threads)
-    cuts = [0, *(first + (rows - first) * i // (threads - 1 or 1) for i in range(threads))]
+    cuts = [rows * i // threads for i in range(threads + 1)]
     return map_pieces(work, list(map(slice, cuts, cuts[1:])))
 
 
