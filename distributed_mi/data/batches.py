@@ -204,9 +204,8 @@ def pad_left(
     mask_BL = place_BL >= np.asarray(starts)[:, None]
     if not len(items):
         return np.zeros(place_BL.shape, np.int64), mask_BL
-    ids_BL = items.take(place_BL, mode="clip").astype(
-        np.int64, copy=False
-    )  # a copy; places before 0 are masked
+    # Places before the first event are clipped, and masked.
+    ids_BL = items.take(place_BL, mode="clip").astype(np.int64, copy=False)
     ids_BL *= mask_BL
     return ids_BL, mask_BL
 

@@ -105,6 +105,13 @@ def test_every_product_is_taken_in_the_precision_of_autocast(monkeypatch: pytest
     assert asked == [(torch.bfloat16, shape) for shape in ((37, 151), (37, 8), (151, 8))]
 
 
+def test_a_worker_without_users_gives_the_negatives_no_gradient() -> None:
+    values = problem(users=0)
+    losses = sampled_softmax(**values, beta=1.0)
+    assert losses.shape == (0,)
+    assert not torch.autograd.grad(losses.sum(), values["negative_rows_ND"])[0].any()
+
+
 def test_a_gradient_may_be_taken_twice() -> None:
     values = problem()
     losses = sampled_softmax(**values, beta=1.0)
