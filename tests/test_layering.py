@@ -64,6 +64,7 @@ OWNED: dict[str, tuple[str, ...]] = {
         "embeddings/kernels.py",
         "embeddings/topk_kernels.py",
         "losses/kernels.py",
+        "models/fused_kernels.py",
         "models/kernels.py",
     ),
 }

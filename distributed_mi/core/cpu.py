@@ -60,7 +60,7 @@ def threads_for_kernels() -> Iterator[None]:
     import torch
 
     before = torch.get_num_threads()
-    _here.kernels = before
+    _here.kernels = min(before, _num_cores())
     torch.set_num_threads(1)
     try:
         yield
@@ -74,13 +74,13 @@ def map_slices(work: Callable[[slice], Result], rows: int, numbers_per_row: int)
 
     See `map_pieces` for what holds inside.
     """
-    import torch
-
     if _here.kernels:
         available, worth = _here.kernels, _WORTH_A_THREAD
     else:
-        available, worth = torch.get_num_threads(), _WORTH_A_WAKE
-    threads = max(1, min(available, _num_cores(), rows * numbers_per_row // worth, rows))
+        import torch
+
+        available, worth = min(torch.get_num_threads(), _num_cores()), _WORTH_A_WAKE
+    threads = max(1, min(available, rows * numbers_per_row // worth, rows))
     cuts = [rows * i // threads for i in range(threads + 1)]
     return map_pieces(work, list(map(slice, cuts, cuts[1:])))
 

@@ -22,7 +22,7 @@ KINDS: dict[str, tuple[str, str]] = {
 }
 """kind -> folder below the package, and the attribute that a file of that folder exports."""
 
-_SHARED_FILES = frozenset({"__init__", "base", "kernels", "layers", "objective"})
+_SHARED_FILES = frozenset({"__init__", "base", "fused", "fused_kernels", "kernels", "layers", "objective"})
 
 
 def choices(kind: str) -> list[str]:

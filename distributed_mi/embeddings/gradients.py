@@ -3,6 +3,7 @@
 Shapes:  N gradients, U distinct rows, D width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -38,12 +39,12 @@ class RowGradients:
 
     @classmethod
     def of(
-        cls, pending: list[tuple[Tensor, Tensor]], *, num_rows: int, holds_padding: bool
+        cls, pending: Sequence[tuple[Tensor, Sequence[Tensor]]], *, num_rows: int, holds_padding: bool
     ) -> "RowGradients":
-        """From (slots, gradients) pairs of one or more lookups; slots may repeat."""
-        slots, grads = zip(*pending, strict=True)
-        slots_N = slots[0] if len(slots) == 1 else torch.cat(slots)
-        return cls(slots_N, [g.contiguous() for g in grads], num_rows, holds_padding)
+        """From what `RowStore.collect` got, in one or more calls."""
+        slots_N = pending[0][0] if len(pending) == 1 else torch.cat([slots for slots, _ in pending])
+        parts = [grad.contiguous() for _, grads in pending for grad in grads]
+        return cls(slots_N, parts, num_rows, holds_padding)
 
     @property
     def compiled(self) -> bool:

@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from distributed_mi.embeddings.optimizer import TableOptimizer
 from distributed_mi.embeddings.placement import Modulo, Placement
 from distributed_mi.embeddings.replication import HotRows
 from distributed_mi.embeddings.storage import RowStore, check_ids
-from distributed_mi.embeddings.table import ItemTable, check_size, split_rows
+from distributed_mi.embeddings.table import Fetched, Gradients, ItemTable, check_size, split_rows
 from distributed_mi.embeddings.topk import TopK, check_topk, sharded_topk
 
 
@@ -86,14 +85,33 @@ class ShardedItemTable(ItemTable):
         self._announced: deque[_Announced] = deque()
         self._hot = HotRows(min(replicated_rows, num_rows), self.store, self.placement, group)
 
-    def lookup(self, *ids: Tensor) -> list[Tensor]:
-        """See `ItemTable.lookup`."""
+    def fetch(self, *ids: Tensor) -> Fetched:
+        """See `ItemTable.fetch`."""
         self._hot.refresh()
         if self._announced and self._announced[0].is_of(ids):
             coming = self._announced.popleft()
         else:
             coming = _Announced(self, ids)
-        return list(_ExchangedRows.apply(self._anchor, self, coming.route(), [i.shape for i in ids]))
+        route = coming.route()
+        rows_UD = self._exchange(self.store.read(route.slots), route.receive, route.send)
+        for announced in self._announced:
+            announced.ask()
+        if len(route.hot_ids):
+            rows_UD = torch.cat([rows_UD, self._hot.rows(route.hot_ids)])
+        rows = split_rows(rows_UD.index_select(0, route.inverse), [i.shape for i in ids])
+        return Fetched(rows, lambda grads: self._send_back(route, [i.numel() for i in ids], grads))
+
+    def _send_back(self, route: "_Route", sizes: list[int], grads: Gradients) -> None:
+        """Add up the gradients of each distinct row, and send them to its owner."""
+        num_cold = sum(route.send)
+        grad_UD = self.store.weight_RD.new_zeros((num_cold + len(route.hot_ids), self.dim))
+        for inverse, grad in zip(route.inverse.split(sizes), grads, strict=True):
+            if grad is not None:
+                add_by_row(inverse, grad.reshape(len(inverse), self.dim), grad_UD)
+        exchange = self._start_exchange(grad_UD[:num_cold], route.send, route.receive)
+        self._on_their_way.append((route.slots, exchange))
+        if len(route.hot_ids):
+            self._hot.collect(route.hot_ids, grad_UD[num_cold:])
 
     def announce(self, *ids: Tensor) -> None:
         """See `ItemTable.announce`."""
@@ -227,34 +245,3 @@ class _Announced:
         slots = self.slots.wait()
         self.table.counters.exchange_seconds += time.perf_counter() - started
         return _Route(slots, self.inverse, self.hot_ids, self.send, self.receive)
-
-
-class _ExchangedRows(torch.autograd.Function):
-    """Rows that others asked for go out, rows that were asked for come in; backward the other way."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, table: ShardedItemTable, route: _Route, shapes: list[torch.Size]
-    ) -> tuple[Tensor, ...]:
-        ctx.table, ctx.route, ctx.sizes = table, route, [shape.numel() for shape in shapes]
-        ctx.set_materialize_grads(False)
-        rows_UD = table._exchange(table.store.read(route.slots), route.receive, route.send)
-        for coming in table._announced:
-            coming.ask()
-        if len(route.hot_ids):
-            rows_UD = torch.cat([rows_UD, table._hot.rows(route.hot_ids)])
-        return split_rows(rows_UD.index_select(0, route.inverse), shapes)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        table, route = ctx.table, ctx.route
-        num_cold = sum(route.send)
-        grad_UD = table.store.weight_RD.new_zeros((num_cold + len(route.hot_ids), table.dim))
-        for inverse, grad in zip(route.inverse.split(ctx.sizes), grads, strict=True):
-            if grad is not None:
-                add_by_row(inverse, grad.reshape(len(inverse), table.dim), grad_UD)
-        exchange = table._start_exchange(grad_UD[:num_cold], route.send, route.receive)
-        table._on_their_way.append((route.slots, exchange))
-        if len(route.hot_ids):
-            table._hot.collect(route.hot_ids, grad_UD[num_cold:])
-        return None, None, None, None

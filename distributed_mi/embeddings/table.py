@@ -9,8 +9,8 @@ Shapes:  V rows (id 0 is padding: always zero, never trained), D width.
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,21 @@ from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer
 from distributed_mi.embeddings.storage import RowStore, check_ids
 from distributed_mi.embeddings.topk import TopK, check_topk, local_topk
+
+Gradients = Sequence[Tensor | None]
+"""One for each id tensor of a lookup, of its rows' shape; None: of these there are none."""
+
+
+class Fetched(NamedTuple):
+    """What `ItemTable.fetch` gives.
+
+    Args:
+        rows: of each id tensor.
+        give_back: takes their gradients, once at most. Collective like `fetch`; without it there are none.
+    """
+
+    rows: tuple[Tensor, ...]
+    give_back: Callable[[Gradients], None]
 
 
 class ItemTable(ABC):
@@ -44,18 +59,25 @@ class ItemTable(ABC):
     """Of this worker; see `take_counters`."""
 
     @abstractmethod
-    def lookup(self, *ids: Tensor) -> list[Tensor]:
-        """Rows of several id tensors in one exchange, with gradients.
+    def fetch(self, *ids: Tensor) -> Fetched:
+        """Rows of several id tensors in one exchange.
 
         Args:
             ids: int64 tensors of any shapes with values in [0, V).
 
         Returns:
-            For each, a float32 tensor of its shape plus `[D]`; padding (0) gives zeros without gradient.
+            For each, a float32 tensor of its shape plus `[D]`, without a graph; and who takes their gradients.
 
         Raises:
             InputError: an id outside [0, V); the id is named.
         """
+
+    def lookup(self, *ids: Tensor) -> list[Tensor]:
+        """`fetch` with rows that give back their gradients in autograd's backward pass.
+
+        Padding (0) gives zeros without gradient.
+        """
+        return list(_Rows.apply(self._anchor, self, *ids))
 
     @abstractmethod
     def announce(self, *ids: Tensor) -> None:
@@ -192,13 +214,24 @@ class LocalItemTable(ItemTable):
         self.group = WorkerGroup.alone(device)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
 
-    def lookup(self, *ids: Tensor) -> list[Tensor]:
-        """See `ItemTable.lookup`."""
+    def fetch(self, *ids: Tensor) -> Fetched:
+        """See `ItemTable.fetch`."""
         flat = torch.cat([i.reshape(-1) for i in ids])
         check_ids(flat, self.num_rows)
-        if torch.is_grad_enabled():
+
+        def give_back(grads: Gradients) -> None:
             self.counters.ids += len(flat)
-        return list(_LocalRows.apply(self._anchor, self.store, flat, [i.shape for i in ids]))
+            self._collect(flat, [i.numel() for i in ids], grads)
+
+        return Fetched(split_rows(self.store.read(flat), [i.shape for i in ids]), give_back)
+
+    def _collect(self, flat: Tensor, sizes: list[int], grads: Gradients) -> None:
+        found = [grad.reshape(-1, self.dim) for grad in grads if grad is not None]
+        if len(found) < len(grads):
+            parts = zip(flat.split(sizes), grads, strict=True)
+            flat = torch.cat([flat[:0], *(slots for slots, grad in parts if grad is not None)])
+        if found:
+            self.store.collect(flat, *found)
 
     def announce(self, *ids: Tensor) -> None:
         """See `ItemTable.announce`; there is nobody to ask."""
@@ -232,23 +265,17 @@ class LocalItemTable(ItemTable):
         self.store.assign(ids_R, tensors)
 
 
-class _LocalRows(torch.autograd.Function):
+class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, anchor: Tensor, store: RowStore, flat: Tensor, shapes: list[torch.Size]
-    ) -> tuple[Tensor, ...]:
-        ctx.store = store
-        ctx.save_for_backward(flat)
-        ctx.sizes = [shape.numel() for shape in shapes]
+    def forward(ctx: Any, anchor: Tensor, table: ItemTable, *ids: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return split_rows(store.read(flat), shapes)
+        rows, ctx.give_back = table.fetch(*ids)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        for slots, grad in zip(ctx.saved_tensors[0].split(ctx.sizes), grads, strict=True):
-            if grad is not None and len(slots):
-                ctx.store.collect(slots, grad.reshape(len(slots), -1))
-        return None, None, None, None
+        ctx.give_back(grads)
+        return None, None, *(None for _ in grads)
 
 
 def check_size(num_rows: int, dim: int) -> None:

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from distributed_mi.embeddings.table import ItemTable
 from distributed_mi.losses.config import ObjectiveConfig
-from distributed_mi.losses.read_out import ReadOut
+from distributed_mi.losses.read_out import ReadOut, hard_read_out
 from distributed_mi.models.base import HistoryBatch, LossTerms, Recommender, StepRows, TrainBatch, UserState
+from distributed_mi.models.fused import FusedLoss
 from distributed_mi.models.layers import AttentivePooling
 from distributed_mi.models.objective import Objective
 
@@ -92,6 +93,26 @@ class ComiRecSA(Recommender):
         state = self.encode_rows(batch.history, rows.history_BLD)
         values_B = self.objective(state.interests_BKD, batch, rows, self.read_out)
         return state, LossTerms(mean={"recommendation": values_B})
+
+    def loss_and_gradients(self, batch: TrainBatch, num_users_per_step: int) -> dict[str, float] | None:
+        """See `Recommender.loss_and_gradients`."""
+        return self._loss_and_gradients(batch, num_users_per_step)
+
+    def _loss_and_gradients(
+        self, batch: TrainBatch, num_users_per_step: int, routing_weight: float = 0.0
+    ) -> dict[str, float] | None:
+        objective = self.objective
+        if not objective.is_compiled or self.read_out is not hard_read_out:
+            return None
+        what = FusedLoss(
+            objective.concentration,
+            objective.mask_accidental_hits,
+            routing_weight=routing_weight,
+            window=self.max_history,
+        )
+        return what.differentiate(
+            self.pooling, batch, self.items.fetch(*self.step_ids(batch)), num_users_per_step
+        )
 
 
 MODEL = ComiRecSA

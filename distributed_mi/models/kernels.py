@@ -138,6 +138,14 @@ def forward(
     pool(scores_KP, rows_SD, places_P, starts_B1, attention_BKL, interests_BKD)
 
 
+@njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
+def _sum_of_sizes(values_D):
+    total = f32(0.0)
+    for d in range(len(values_D)):
+        total += abs(values_D[d])
+    return total
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def _scores_backward(
     grad_interests_BKD,
@@ -154,10 +162,11 @@ def _scores_backward(
         first, last = starts_B1[b], starts_B1[b + 1]
         for k in range(len(grad_scores_KP)):
             grad_D = grad_interests_BKD[b, k]
+            counts = _sum_of_sizes(grad_D) != f32(0.0)  # of most interests none does, see `losses.read_out`
             mean = f32(0.0)
             for p in range(first, last):
                 slot = places_P[p] % length
-                grad = dot32(grad_D, rows_SD[places_P[p]])
+                grad = dot32(grad_D, rows_SD[places_P[p]]) if counts else f32(0.0)
                 if len(grad_attention_BKL):
                     grad += grad_attention_BKL[b, k, slot]
                 grad_scores_KP[k, p] = grad
@@ -165,7 +174,8 @@ def _scores_backward(
             for p in range(first, last):
                 weight = attention_BKL[b, k, places_P[p] % length]
                 grad_scores_KP[k, p] = weight * (grad_scores_KP[k, p] - mean)
-                _add_scaled(weight, grad_D, grad_rows_SD[places_P[p]])
+                if counts:
+                    _add_scaled(weight, grad_D, grad_rows_SD[places_P[p]])
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")

@@ -47,6 +47,11 @@ class Objective:
         return self.config.name in {"sampled_softmax", "hard_negatives"}
 
     @property
+    def concentration(self) -> float:
+        """Beta of the softmax over negatives; 0 where all weigh the same."""
+        return float(self.beta) if self.config.name == "hard_negatives" else 0.0
+
+    @property
     def default_read_out(self) -> ReadOut | None:
         """What a model with several interests begins with; None where the loss chooses for each item anew."""
         chooses = self.config.name == "full_softmax" and self.config.choice != "target"
@@ -85,7 +90,7 @@ class Objective:
             return gbce(*compared, calibration=self.config.calibration, num_rows=self.items.num_rows, **ids)
         return sampled_softmax(
             *compared,
-            beta=self.beta if self.config.name == "hard_negatives" else 0.0,
+            beta=self.concentration,
             target_log_q_B=batch.target_log_q_B,
             negative_log_q_N=batch.negative_log_q_N,
             **ids,

@@ -58,5 +58,9 @@ class REMI(ComiRecSA):
             terms.sum["routing"] = self.config.rr_weight * penalty_B
         return state, terms
 
+    def loss_and_gradients(self, batch: TrainBatch, num_users_per_step: int) -> dict[str, float] | None:
+        """See `Recommender.loss_and_gradients`."""
+        return self._loss_and_gradients(batch, num_users_per_step, self.config.rr_weight)
+
 
 MODEL = REMI

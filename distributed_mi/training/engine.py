@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -109,14 +110,18 @@ class PlainEngine(Engine):
         super().__init__(model, config, learning_rate=learning_rate, group=group)
         self._trained = list(self.parameters.values())
         self.optimizer = adam(self.parameters, learning_rate) if self.parameters else None
+        self._arrays: dict[nn.Parameter, tuple[np.ndarray, ...]] = {}
         self._compiled = all(is_plain(parameter) for parameter in self._trained)
+        self._fused = self._compiled and config.precision == "fp32" and model.has_own_gradients()
 
     def step(self, batches: Sequence[TrainBatch], num_users: int) -> Tensor:
         """See `Engine.step`."""
         parts = []
         for batch in batches:
-            total, terms = self.objective(batch, num_users)
-            total.backward()
+            terms = self._without_autograd(batch, num_users)
+            if terms is None:
+                total, terms = self.objective(batch, num_users)
+                total.backward()
             parts.append(terms)
         if self.optimizer is not None:
             if self.group.size > 1:
@@ -128,6 +133,16 @@ class PlainEngine(Engine):
                 parameter.grad = None
         return add_parts(parts)
 
+    def _without_autograd(self, batch: TrainBatch, num_users: int) -> Tensor | None:
+        """See `Recommender.loss_and_gradients`."""
+        if not self._fused:
+            return None
+        found = self.objective.model.loss_and_gradients(batch, num_users)
+        if found is None:
+            return None
+        self.objective.term_names = list(found)
+        return torch.tensor(list(found.values()))
+
     def _descend(self) -> None:
         """A step of Adam; on a CPU without torch's optimizer object, whose Python costs ten times the arithmetic."""
         assert self.optimizer is not None
@@ -136,16 +151,23 @@ class PlainEngine(Engine):
             return
         from distributed_mi.embeddings import kernels
 
-        for parameter in self._trained:
-            if parameter.grad is None:
+        for parameter, gradient in ((p, p.grad) for p in self._trained):
+            if gradient is None:
                 continue
-            state = self.optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros(())
-                state |= {moment: torch.zeros_like(parameter) for moment in ADAM_MOMENTS}
-            changed = (parameter.detach(), *(state[moment] for moment in ADAM_MOMENTS), state["step"])
-            arrays = (x.view(-1).numpy() for x in (*changed, parameter.grad.contiguous()))
-            kernels.dense_adam(*arrays, self.learning_rate, *ADAM_BETAS, ADAM_EPS)
+            if parameter not in self._arrays:
+                self._arrays[parameter] = self._arrays_of(parameter)
+            flat = gradient.contiguous().numpy().reshape(-1)
+            kernels.dense_adam(*self._arrays[parameter], flat, self.learning_rate, *ADAM_BETAS, ADAM_EPS)
+
+    def _arrays_of(self, parameter: nn.Parameter) -> tuple[np.ndarray, ...]:
+        """A parameter and its state where they lie, as `kernels.dense_adam` changes them."""
+        assert self.optimizer is not None
+        state = self.optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(())
+            state |= {moment: torch.zeros_like(parameter) for moment in ADAM_MOMENTS}
+        changed = (parameter.detach(), *(state[moment] for moment in ADAM_MOMENTS), state["step"])
+        return tuple(tensor.view(-1).numpy() for tensor in changed)
 
     def _reduce_gradients(self) -> None:
         parameters = self._trained
@@ -167,6 +189,7 @@ class PlainEngine(Engine):
         """See `Engine.load_state`."""
         self.objective.model.load_state_dict(dense)
         load_adam_state(self.optimizer, self.parameters, optimizer)
+        self._arrays.clear()
 
 
 def build_engine(

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -213,9 +213,14 @@ class Trainer:
         for batch in upcoming:
             run.table.announce(*run.model.step_ids(batch))
         with self._threads():
-            self._pending.append(run.engine.step(batches, run.batches.num_users))
-            run.table.step(self._row_learning_rate)
+            with self._span("engine.step"):
+                self._pending.append(run.engine.step(batches, run.batches.num_users))
+            with self._span("table.step"):
+                run.table.step(self._row_learning_rate)
         state.step += 1
+
+    def _span(self, name: str) -> AbstractContextManager[Any]:
+        return self._profile.span(name) if self._profile else nullcontext()
 
     def _seed_dropout(self, step: int) -> None:
         """Dropout is a function of (seed, worker, step) like everything else, so a resumed run draws the same masks."""

@@ -10,6 +10,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,6 +151,10 @@ class Profile:
         if not self._running and self.first <= step <= self.last:
             self._profiler.start()
             self._running = True
+
+    def span(self, name: str) -> AbstractContextManager[Any]:
+        """Names in the trace what happens within; compiled code does not show by itself."""
+        return torch.profiler.record_function(name) if self._running else nullcontext()
 
     def after(self, step: int) -> None:
         """Stop after the last step and write the trace."""

@@ -10,6 +10,7 @@ import torch
 from distributed_mi.core import cpu
 from distributed_mi.core.errors import CheckpointError, StageError
 from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.embeddings.table import Fetched
 from distributed_mi.training.checkpoint import load_model
 from distributed_mi.training.loop import Run
 from tests.distributed import run_on_ranks
@@ -230,14 +231,14 @@ def train_and_watch_lookups(group: WorkerGroup, payload: dict[str, Any]) -> dict
     """A whole run in accumulation parts; which lookups of its steps the table had been told of."""
     trainer, run = build(config(engine={"accumulation": 2}), Path(payload["folder"]), group=group)
     known: list[bool] = []
-    original, waiting = run.table.lookup, getattr(run.table, "_announced", ())
+    original, waiting = run.table.fetch, getattr(run.table, "_announced", ())
 
-    def lookup(*ids: torch.Tensor) -> list[torch.Tensor]:
-        if torch.is_grad_enabled():
+    def fetch(*ids: torch.Tensor) -> Fetched:
+        if run.model.training:
             known.append(len(waiting) > 0 and waiting[0].is_of(ids))
         return original(*ids)
 
-    run.table.lookup = lookup  # type: ignore[method-assign]
+    run.table.fetch = fetch  # type: ignore[method-assign]
     trainer.train()
     dense = {name: value.tolist() for name, value in run.engine.dense_state().items()}
     return {"known": known, "left": len(waiting), "dense": dense}
