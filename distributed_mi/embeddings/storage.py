@@ -18,6 +18,9 @@ from distributed_mi.embeddings.gradients import RowGradients
 from distributed_mi.embeddings.initial import normal_rows
 from distributed_mi.embeddings.optimizer import TableOptimizer, make_optimizer
 
+_COPY = 16
+"""Numbers that are copied in the time in which a kernel works on one."""
+
 TILE_ROWS = 16_384
 """Rows updated at once when all are."""
 
@@ -65,7 +68,7 @@ class RowStore:
 
         out_ND = self.weight_RD.new_empty((len(slots_N), self.dim))
         weight, slots, out = self.weight_RD.numpy(), slots_N.contiguous().numpy(), out_ND.numpy()
-        map_slices(lambda n: kernels.gather(weight, slots[n], out[n]), len(slots), self.dim)
+        map_slices(lambda n: kernels.gather(weight, slots[n], out[n]), len(slots), self.dim // _COPY)
         return out_ND
 
     def collect(self, slots: Tensor, *grads: Tensor) -> None:

@@ -39,7 +39,7 @@ class HistoryBatch:
     mask_BL: Tensor
 
     def __post_init__(self) -> None:
-        if self.mask_BL.shape[1] and bool(self.mask_BL[:, -1].all()):
+        if self.mask_BL.device.type == "cpu" and self.mask_BL.shape[1] and self.mask_BL.numpy()[:, -1].all():
             return
         empty = ~self.mask_BL.any(dim=1)
         if bool(empty.any()):
