@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from distributed_mi.core.watching import tell, tell_and_watch, watch
+from distributed_mi.core.watching import tell, watch
 
 PATIENCE = 50_000
 """Looks at the number before a thread falls asleep, each followed by the processor's instruction to pause."""
@@ -100,7 +100,7 @@ class _Helper:
         self.ready.set()
         number = 1
         while True:
-            if not tell_and_watch(self.words, _DONE, number - 1, _JOB, number, self.patience):
+            if not watch(self.words, _JOB, number, self.patience):
                 with self.lock:
                     self.sleeps = falls_asleep = bool(self.words[_JOB] != number)
                 if falls_asleep:
@@ -110,4 +110,5 @@ class _Helper:
                 self.result = self.work(self.piece)
             except BaseException as error:  # raised by `take`
                 self.error = error
+            tell(self.words, _DONE, number)
             number += 1

@@ -59,21 +59,6 @@ def watch(words, place, value, looks):
 
 
 @njit(nogil=True, cache=True)
-def tell_and_watch(words, told, number, place, value, looks):
-    """Let the number at one place become a value, then `watch` another place.
-
-    In one call, so that who is told finds the interpreter's lock free: to wait for it is to sleep.
-    """
-    address = words.ctypes.data
-    _write(address + 8 * told, number)
-    for _ in range(looks):
-        if _read(address + 8 * place) == value:
-            return True
-        _pause()
-    return False
-
-
-@njit(nogil=True, cache=True)
 def tell(words, place, value):
     """Let the number at a place become a value."""
     _write(words.ctypes.data + 8 * place, value)
