@@ -28,7 +28,7 @@ from distributed_mi.embeddings.optimizer import TableOptimizer
 from distributed_mi.embeddings.placement import Modulo, Placement
 from distributed_mi.embeddings.replication import HotRows
 from distributed_mi.embeddings.storage import RowStore, check_ids
-from distributed_mi.embeddings.table import Fetched, Gradients, ItemTable, check_size, split_rows
+from distributed_mi.embeddings.table import Fetched, ItemTable, check_size
 from distributed_mi.embeddings.topk import TopK, check_topk, sharded_topk
 
 
@@ -98,16 +98,16 @@ class ShardedItemTable(ItemTable):
             announced.ask()
         if len(route.hot_ids):
             rows_UD = torch.cat([rows_UD, self._hot.rows(route.hot_ids)])
-        rows = split_rows(rows_UD.index_select(0, route.inverse), [i.shape for i in ids])
-        return Fetched(rows, lambda grads: self._send_back(route, [i.numel() for i in ids], grads))
+        parts = route.inverse.split([some.numel() for some in ids])
+        slots = tuple(part.view(some.shape) for part, some in zip(parts, ids, strict=True))
+        return Fetched(rows_UD, slots, lambda found: self._send_back(route, found))
 
-    def _send_back(self, route: "_Route", sizes: list[int], grads: Gradients) -> None:
+    def _send_back(self, route: "_Route", found: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Add up the gradients of each distinct row, and send them to its owner."""
         num_cold = sum(route.send)
         grad_UD = self.store.weight_RD.new_zeros((num_cold + len(route.hot_ids), self.dim))
-        for inverse, grad in zip(route.inverse.split(sizes), grads, strict=True):
-            if grad is not None:
-                add_by_row(inverse, grad.reshape(len(inverse), self.dim), grad_UD)
+        for slots, grads in found:
+            add_by_row(slots, grads, grad_UD)
         exchange = self._start_exchange(grad_UD[:num_cold], route.send, route.receive)
         self._on_their_way.append((route.slots, exchange))
         if len(route.hot_ids):

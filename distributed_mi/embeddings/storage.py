@@ -7,7 +7,6 @@ Shapes:  R rows held here, D width, U distinct rows.
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,14 +61,7 @@ class RowStore:
 
     def read(self, slots_N: Tensor) -> Tensor:
         """Copies of rows, `[N, D]`; slots may repeat."""
-        if not is_plain(self.weight_RD):
-            return self.weight_RD.index_select(0, slots_N)
-        from distributed_mi.embeddings import kernels
-
-        out_ND = self.weight_RD.new_empty((len(slots_N), self.dim))
-        weight, slots, out = self.weight_RD.numpy(), slots_N.contiguous().numpy(), out_ND.numpy()
-        map_slices(lambda n: kernels.gather(weight, slots[n], out[n]), len(slots), self.dim // _COPY)
-        return out_ND
+        return gather_rows(self.weight_RD, slots_N)
 
     def collect(self, slots: Tensor, *grads: Tensor) -> None:
         """Remember row gradients until `step`.
@@ -148,22 +140,33 @@ class RowStore:
             self.weight_RD[0] = 0.0
 
 
-def _extremes(flat: Tensor) -> tuple[Any, Any]:
-    if flat.device.type == "cpu":  # numpy comes to the point in half the time
-        array = flat.numpy()
-        return array.min(), array.max()
-    return torch.aminmax(flat)
+def gather_rows(rows_RD: Tensor, slots: Tensor) -> Tensor:
+    """Copies of rows, of the slots' shape plus `[D]`; slots may repeat."""
+    flat_N, dim = slots.reshape(-1), rows_RD.shape[1]
+    if not is_plain(rows_RD):
+        return rows_RD.index_select(0, flat_N).view(*slots.shape, dim)
+    from distributed_mi.core.vector_math import gather  # compiles
+
+    out = rows_RD.new_empty((*slots.shape, dim))
+    source, places, out_ND = rows_RD.numpy(), flat_N.numpy(), out.view(-1, dim).numpy()
+    map_slices(lambda n: gather(source, places[n], out_ND[n]), len(places), dim // _COPY)
+    return out
 
 
-def check_ids(flat: Tensor, num_rows: int) -> None:
+def check_ids(ids: Tensor, num_rows: int) -> None:
     """Refuse ids outside of the table.
 
     Raises:
         InputError: names the first such id.
     """
-    if flat.numel() == 0:
+    if ids.numel() == 0:
         return
-    low, high = _extremes(flat)
+    if ids.device.type == "cpu":
+        from distributed_mi.embeddings import kernels
+
+        low, high = kernels.extremes(ids.reshape(-1).numpy())
+    else:
+        low, high = torch.aminmax(ids)
     if int(low) < 0 or int(high) >= num_rows:
-        wrong = flat[(flat < 0) | (flat >= num_rows)][0]
+        wrong = ids[(ids < 0) | (ids >= num_rows)][0]
         raise InputError(f"item table: id {int(wrong)} is outside [0, {num_rows})")

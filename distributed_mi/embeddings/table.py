@@ -20,23 +20,28 @@ from distributed_mi.embeddings.catalogue_loss import InterestChoice, full_catalo
 from distributed_mi.embeddings.counters import TableCounters
 from distributed_mi.embeddings.group import WorkerGroup
 from distributed_mi.embeddings.optimizer import TableOptimizer
-from distributed_mi.embeddings.storage import RowStore, check_ids
+from distributed_mi.embeddings.storage import RowStore, check_ids, gather_rows
 from distributed_mi.embeddings.topk import TopK, check_topk, local_topk
-
-Gradients = Sequence[Tensor | None]
-"""One for each id tensor of a lookup, of its rows' shape; None: of these there are none."""
 
 
 class Fetched(NamedTuple):
     """What `ItemTable.fetch` gives.
 
     Args:
-        rows: of each id tensor.
-        give_back: takes their gradients, once at most. Collective like `fetch`; without it there are none.
+        source_UD: float32, rows without a graph; maybe the table itself, so not to be written to, nor to be read after
+            the table's next step.
+        slots: where in the source the row of each id stands, a tensor like each id tensor.
+        give_back: takes (slots, gradients `[n, D]`) pairs, once at most; slots may repeat, over all pairs. Collective
+            like `fetch`. Without it there are no gradients.
     """
 
-    rows: tuple[Tensor, ...]
-    give_back: Callable[[Gradients], None]
+    source_UD: Tensor
+    slots: tuple[Tensor, ...]
+    give_back: Callable[[Sequence[tuple[Tensor, Tensor]]], None]
+
+    def rows(self) -> tuple[Tensor, ...]:
+        """Rows of each id tensor, of its shape plus `[D]`, copied."""
+        return tuple(gather_rows(self.source_UD, slots) for slots in self.slots)
 
 
 class ItemTable(ABC):
@@ -66,16 +71,17 @@ class ItemTable(ABC):
             ids: int64 tensors of any shapes with values in [0, V).
 
         Returns:
-            For each, a float32 tensor of its shape plus `[D]`, without a graph; and who takes their gradients.
+            The rows, zeros for padding (0), and who takes their gradients; those of padding are ignored.
 
         Raises:
             InputError: an id outside [0, V); the id is named.
         """
 
     def lookup(self, *ids: Tensor) -> list[Tensor]:
-        """`fetch` with rows that give back their gradients in autograd's backward pass.
+        """Rows of each id tensor, `fetch` under autograd; see there.
 
-        Padding (0) gives zeros without gradient.
+        Returns:
+            For each id tensor a float32 tensor of its shape plus `[D]`.
         """
         return list(_Rows.apply(self._anchor, self, *ids))
 
@@ -216,22 +222,17 @@ class LocalItemTable(ItemTable):
 
     def fetch(self, *ids: Tensor) -> Fetched:
         """See `ItemTable.fetch`."""
-        flat = torch.cat([i.reshape(-1) for i in ids])
-        check_ids(flat, self.num_rows)
+        for some in ids:
+            check_ids(some, self.num_rows)
+        num_ids = sum(some.numel() for some in ids)
 
-        def give_back(grads: Gradients) -> None:
-            self.counters.ids += len(flat)
-            self._collect(flat, [i.numel() for i in ids], grads)
+        def give_back(found: Sequence[tuple[Tensor, Tensor]]) -> None:
+            self.counters.ids += num_ids
+            if found:
+                slots, grads = zip(*found, strict=True)
+                self.store.collect(torch.cat(slots), *grads)
 
-        return Fetched(split_rows(self.store.read(flat), [i.shape for i in ids]), give_back)
-
-    def _collect(self, flat: Tensor, sizes: list[int], grads: Gradients) -> None:
-        found = [grad.reshape(-1, self.dim) for grad in grads if grad is not None]
-        if len(found) < len(grads):
-            parts = zip(flat.split(sizes), grads, strict=True)
-            flat = torch.cat([flat[:0], *(slots for slots, grad in parts if grad is not None)])
-        if found:
-            self.store.collect(flat, *found)
+        return Fetched(self.store.weight_RD, ids, give_back)
 
     def announce(self, *ids: Tensor) -> None:
         """See `ItemTable.announce`; there is nobody to ask."""
@@ -269,12 +270,14 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, table: ItemTable, *ids: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        rows, ctx.give_back = table.fetch(*ids)
-        return rows
+        fetched = table.fetch(*ids)
+        ctx.give_back, ctx.slots = fetched.give_back, fetched.slots
+        return fetched.rows()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        ctx.give_back(grads)
+        pairs = zip(ctx.slots, grads, strict=True)
+        ctx.give_back([(slots.reshape(-1), grad.flatten(0, -2)) for slots, grad in pairs if grad is not None])
         return None, None, *(None for _ in grads)
 
 
@@ -288,9 +291,3 @@ def check_size(num_rows: int, dim: int) -> None:
         raise InputError(
             f"item table of {num_rows} rows by {dim}: needs padding, at least one item, and a width"
         )
-
-
-def split_rows(rows_ND: Tensor, shapes: Sequence[torch.Size]) -> tuple[Tensor, ...]:
-    """Cut the rows of a joint lookup back into the shapes of its id tensors."""
-    parts = rows_ND.split([shape.numel() for shape in shapes])
-    return tuple(part.view(*shape, rows_ND.shape[-1]) for part, shape in zip(parts, shapes, strict=True))

@@ -11,7 +11,7 @@ import numpy as np
 from numba import njit
 
 from distributed_mi.core.blas import use_one_thread
-from distributed_mi.core.vector_math import dot32, exp32, f32, largest32
+from distributed_mi.core.vector_math import copy, dot32, exp32, f32, largest32
 from distributed_mi.losses.sampled_softmax import MASKED
 
 use_one_thread()
@@ -247,8 +247,7 @@ def pick_closest(interests_BKD, target_rows_BD, best_B, query_BD):
             if score > highest:
                 best, highest = k, score
         best_B[b] = best
-        for d in range(query_BD.shape[1]):  # not a slice, see `embeddings.kernels._copy`
-            query_BD[b, d] = interests_BKD[b, best, d]
+        copy(interests_BKD[b, best], query_BD[b])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

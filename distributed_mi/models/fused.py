@@ -44,12 +44,15 @@ class FusedLoss:
         Args:
             pooling: float32, on the CPU.
             batch: the share of a step.
-            fetched: rows of histories, targets and negatives.
+            fetched: of histories, targets and negatives.
             num_users_per_step: what the softmax loss is divided by.
         """
-        from distributed_mi.models import fused_kernels
+        from distributed_mi.models import fused_kernels, kernels
 
-        history, target, negatives = (rows.numpy() for rows in fetched.rows)
+        source = fetched.source_UD.numpy()
+        of_histories, target_slots, negative_slots = (slots.reshape(-1).numpy() for slots in fetched.slots)
+        places, starts = kernels.find_places(batch.history.mask_BL.contiguous().numpy())
+        slots, length = of_histories.take(places), batch.history.mask_BL.shape[1]
         positions = _NONE if pooling.positions is None else _array(pooling.positions.by_distance_LD)
         bias = _NO_NUMBERS if pooling.inner_bias_A is None else _array(pooling.inner_bias_A)
         inner, outer_KA = _array(pooling.inner_DA), np.ascontiguousarray(_array(pooling.outer_AK).T)
@@ -59,19 +62,23 @@ class FusedLoss:
         target_log_q, negative_log_q = _NO_NUMBERS, _NO_NUMBERS
         if batch.target_log_q_B is not None and batch.negative_log_q_N is not None:
             target_log_q, negative_log_q = batch.target_log_q_B.numpy(), batch.negative_log_q_N.numpy()
-        mask, users = batch.history.mask_BL.numpy(), len(history)
+        users, dim = len(target_slots), source.shape[1]
         loss_B, routing_B = np.empty((2, users), np.float32)
         divisor, weight = np.float32(num_users_per_step), np.float32(self.routing_weight)
         loss_flow_B = np.full(users, np.float32(1.0) / divisor)
         routing_flow_B = np.full(users if self.routing_weight else 0, weight)
-        of_history, of_target = np.empty_like(history), np.empty_like(target)
+        of_rows, of_target = np.empty((len(slots), dim), np.float32), np.empty((users, dim), np.float32)
 
         def work(b: slice) -> tuple[np.ndarray, ...]:
+            p = slice(starts[b.start], starts[b.stop])
             return fused_kernels.loss_and_gradients(  # type: ignore[no-any-return]
-                history[b],
-                mask[b],
-                target[b],
-                negatives,
+                source,
+                slots[p],
+                places[p],
+                starts[b.start : b.stop + 1],
+                length,
+                target_slots[b],
+                negative_slots,
                 positions,
                 inner,
                 bias,
@@ -86,16 +93,17 @@ class FusedLoss:
                 routing_flow_B[b],
                 loss_B[b],
                 routing_B[b],
-                of_history[b],
+                of_rows[p],
                 of_target[b],
             )
 
-        found, *others = map_slices(work, users, negatives.size)
+        found, *others = map_slices(work, users, len(negative_slots) * dim)
         for part in others:
             for total, value in zip(found, part, strict=True):
                 total += value
         of_negatives, of_positions, of_inner, of_bias, of_outer_KA = found
-        fetched.give_back([torch.from_numpy(of) for of in (of_history, of_target, of_negatives)])
+        pairs = ((slots, of_rows), (target_slots, of_target), (negative_slots, of_negatives))
+        fetched.give_back([(torch.from_numpy(at), torch.from_numpy(of)) for at, of in pairs])
         if pooling.positions is not None:
             _add(pooling.positions.by_distance_LD, of_positions)
         if pooling.inner_bias_A is not None:

@@ -3,23 +3,27 @@
 Made of the kernels of `models.kernels` and `losses.kernels`, which have the formulas. Between two of them there is no
 Python and no meeting of threads: users do not depend on each other before their gradients are added up.
 
-Shapes:  B users in question, L history, N shared negatives, K interests, D width, A inner width, M distances from the
-newest item.
+Shapes:  B users in question, L history, N shared negatives, P real places of their histories, R rows, K interests, D
+width, A inner width, M distances from the newest item.
 """
 
 import numpy as np
 from numba import njit
 
+from distributed_mi.core.vector_math import gather
 from distributed_mi.losses import kernels as losses
 from distributed_mi.models import kernels as pooling
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def loss_and_gradients(
-    rows_BLD,
-    mask_BL,
-    target_BD,
-    negative_ND,
+    source_RD,
+    slots_P,
+    places_P,
+    starts_B1,
+    length,
+    target_slots_B,
+    negative_slots_N,
     positions_MD,
     inner_DA,
     bias_A,
@@ -34,16 +38,19 @@ def loss_and_gradients(
     routing_flow_B,
     loss_B,
     routing_B,
-    grad_rows_BLD,
+    grad_rows_PD,
     grad_target_BD,
 ):
     """Losses of some users, and gradients of all that they read.
 
     Args:
-        rows_BLD: of the histories.
-        mask_BL: True on real items, at least one per user.
-        target_BD: rows of the targets.
-        negative_ND: rows of the negatives.
+        source_RD: where rows are read.
+        slots_P: which of them stand at the real places of these users' histories.
+        places_P: of `models.kernels.find_places`, of these users.
+        starts_B1: of it too; the first may be any number.
+        length: L.
+        target_slots_B: rows of the targets.
+        negative_slots_N: rows of the negatives.
         positions_MD: vectors by distance; empty: none.
         inner_DA: W1.
         bias_A: b1; empty: none.
@@ -58,30 +65,36 @@ def loss_and_gradients(
         routing_flow_B: gradient of each penalty; empty: there is no penalty.
         loss_B: out.
         routing_B: out, where there is a penalty.
-        grad_rows_BLD: out.
+        grad_rows_PD: out.
         grad_target_BD: out.
 
     Returns:
         Gradients of negatives, positions, W1, b1 and W2 transposed; of positions and b1 zeros of some shape where
         there are none.
     """
-    batch, length, dim = rows_BLD.shape
+    batch, dim = len(target_slots_B), source_RD.shape[1]
     inner_dim, num_interests = inner_DA.shape[1], len(outer_KA)
-    rows_SD, grad_rows_SD = rows_BLD.reshape(batch * length, dim), grad_rows_BLD.reshape(batch * length, dim)
-    places_P, starts_B1 = pooling.find_places(mask_BL)
+    starts_B1 = starts_B1 - starts_B1[0]
+    target_BD = np.empty((batch, dim), np.float32)
+    gather(source_RD, target_slots_B, target_BD)
+    negative_ND = np.empty((len(negative_slots_N), dim), np.float32)
+    gather(source_RD, negative_slots_N, negative_ND)
+    rows_PD = np.empty((len(places_P), dim), np.float32)
     keys_PD = np.empty((len(places_P), dim), np.float32)
     hidden_PA = np.empty((len(places_P), inner_dim), np.float32)
     scores_KP = np.empty((num_interests, len(places_P)), np.float32)
     attention_BKL = np.zeros((batch, num_interests, length), np.float32)
     interests_BKD = np.zeros((batch, num_interests, dim), np.float32)
     pooling.forward(
-        rows_SD,
+        source_RD,
+        slots_P,
         positions_MD,
         inner_DA,
         bias_A,
         outer_KA,
         places_P,
         starts_B1,
+        rows_PD,
         keys_PD,
         hidden_PA,
         scores_KP,
@@ -131,14 +144,13 @@ def loss_and_gradients(
         mean_BK, cost_BK = np.empty((2, batch, num_interests), np.float32)
         losses.routing_forward(attention_BKL, dim, window, routing_B, mean_BK, cost_BK)
         losses.routing_backward(attention_BKL, mean_BK, cost_BK, routing_flow_B, dim, grad_attention_BKL)
-    grad_rows_SD[:] = np.float32(0.0)
     grad_positions_MD, grad_inner_DA = np.zeros_like(positions_MD), np.empty_like(inner_DA)
     grad_bias_A, grad_outer_KA = np.zeros(inner_dim, np.float32), np.zeros_like(outer_KA)
     pooling.backward(
         grad_interests_BKD,
         grad_attention_BKL,
         attention_BKL,
-        rows_SD,
+        rows_PD,
         inner_DA,
         outer_KA,
         places_P,
@@ -148,7 +160,7 @@ def loss_and_gradients(
         scores_KP,
         np.empty_like(hidden_PA),
         np.empty_like(keys_PD),
-        grad_rows_SD,
+        grad_rows_PD,
         grad_positions_MD,
         grad_inner_DA,
         grad_bias_A,

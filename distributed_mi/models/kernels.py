@@ -5,18 +5,18 @@ other devices. `forward` and `backward` do all for some users of a batch, in flo
 that several threads can share a batch. They are made of functions that can be called one by one, which
 `layers._PackedPooling` does where the larger products between them are taken in another precision.
 
-What belongs to a place (keys, hidden layer, scores) is given for the whole batch; `starts_B1` says where the places of
-the users in question are.
+What belongs to a place (rows, keys, hidden layer, scores) is given for the whole batch; `starts_B1` says where the
+places of the users in question are.
 
-Shapes:  B users in question, L history, S places of the batch of which P are real, K interests, D width, A inner width,
-M distances from the newest item.
+Shapes:  B users in question, L history, P real places of the batch, R rows to read from, K interests, D width, A inner
+width, M distances from the newest item.
 """
 
 import numpy as np
 from numba import njit
 
 from distributed_mi.core.blas import use_one_thread
-from distributed_mi.core.vector_math import dot32, exp32, f32
+from distributed_mi.core.vector_math import copy, dot32, exp32, f32, gather
 
 use_one_thread()
 
@@ -64,15 +64,23 @@ def find_places(mask_BL):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def gather_keys(rows_SD, positions_MD, length, places_P, starts_B1, keys_PD):
-    """Out: rows of the real places plus vectors of their positions, if any."""
+def read(source_RD, slots_P, positions_MD, length, places_P, starts_B1, rows_PD, keys_PD):
+    """Out: rows of the real places, which stand in the source at `slots_P`, and keys: plus vectors of positions."""
+    here = slice(starts_B1[0], starts_B1[-1])
+    gather(source_RD, slots_P[here], rows_PD[here])
     for p in range(starts_B1[0], starts_B1[-1]):
-        row_D = rows_SD[places_P[p]]
         if len(positions_MD):
-            _add(row_D, positions_MD[_distance(places_P[p], length, positions_MD)], keys_PD[p])
+            _add(rows_PD[p], positions_MD[_distance(places_P[p], length, positions_MD)], keys_PD[p])
         else:
-            for d in range(len(row_D)):  # not a slice, see `embeddings.kernels._copy`
-                keys_PD[p, d] = row_D[d]
+            copy(rows_PD[p], keys_PD[p])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def spread(rows_PD, places_P, out_SD):
+    """Rows of the real places to where they stand among all places; zeros elsewhere."""
+    out_SD[:] = f32(0.0)
+    for p in range(len(places_P)):
+        copy(rows_PD[p], out_SD[places_P[p]])
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"}, error_model="numpy")
@@ -95,7 +103,7 @@ def score(bias_A, outer_KA, starts_B1, hidden_PA, scores_KP):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def pool(scores_KP, rows_SD, places_P, starts_B1, attention_BKL, interests_BKD):
+def pool(scores_KP, rows_PD, places_P, starts_B1, attention_BKL, interests_BKD):
     """Softmax over each user's real places, and the mean of the rows by it; both outputs start as zeros."""
     length = attention_BKL.shape[2]
     for b in range(len(starts_B1) - 1):
@@ -112,30 +120,32 @@ def pool(scores_KP, rows_SD, places_P, starts_B1, attention_BKL, interests_BKD):
             for p in range(first, last):
                 weight = attention_BKL[b, k, places_P[p] % length] / total
                 attention_BKL[b, k, places_P[p] % length] = weight
-                _add_scaled(weight, rows_SD[places_P[p]], interests_BKD[b, k])
+                _add_scaled(weight, rows_PD[p], interests_BKD[b, k])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def forward(
-    rows_SD,
+    source_RD,
+    slots_P,
     positions_MD,
     inner_DA,
     bias_A,
     outer_KA,
     places_P,
     starts_B1,
+    rows_PD,
     keys_PD,
     hidden_PA,
     scores_KP,
     attention_BKL,
     interests_BKD,
 ):
-    """Interests and attention of some users, of the functions above; the last five are filled in."""
+    """Interests and attention of some users, of the functions above; the last six are filled in."""
     here = slice(starts_B1[0], starts_B1[-1])
-    gather_keys(rows_SD, positions_MD, attention_BKL.shape[2], places_P, starts_B1, keys_PD)
+    read(source_RD, slots_P, positions_MD, attention_BKL.shape[2], places_P, starts_B1, rows_PD, keys_PD)
     np.dot(keys_PD[here], inner_DA, hidden_PA[here])
     score(bias_A, outer_KA, starts_B1, hidden_PA, scores_KP)
-    pool(scores_KP, rows_SD, places_P, starts_B1, attention_BKL, interests_BKD)
+    pool(scores_KP, rows_PD, places_P, starts_B1, attention_BKL, interests_BKD)
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
@@ -151,22 +161,24 @@ def _scores_backward(
     grad_interests_BKD,
     grad_attention_BKL,
     attention_BKL,
-    rows_SD,
+    rows_PD,
     places_P,
     starts_B1,
     grad_scores_KP,
-    grad_rows_SD,
+    grad_rows_PD,
 ):
     length = attention_BKL.shape[2]
     for b in range(len(starts_B1) - 1):
         first, last = starts_B1[b], starts_B1[b + 1]
+        for p in range(first, last):
+            grad_rows_PD[p] = f32(0.0)
         for k in range(len(grad_scores_KP)):
             grad_D = grad_interests_BKD[b, k]
             counts = _sum_of_sizes(grad_D) != f32(0.0)  # of most interests none does, see `losses.read_out`
             mean = f32(0.0)
             for p in range(first, last):
                 slot = places_P[p] % length
-                grad = dot32(grad_D, rows_SD[places_P[p]]) if counts else f32(0.0)
+                grad = dot32(grad_D, rows_PD[p]) if counts else f32(0.0)
                 if len(grad_attention_BKL):
                     grad += grad_attention_BKL[b, k, slot]
                 grad_scores_KP[k, p] = grad
@@ -175,7 +187,7 @@ def _scores_backward(
                 weight = attention_BKL[b, k, places_P[p] % length]
                 grad_scores_KP[k, p] = weight * (grad_scores_KP[k, p] - mean)
                 if counts:
-                    _add_scaled(weight, grad_D, grad_rows_SD[places_P[p]])
+                    _add_scaled(weight, grad_D, grad_rows_PD[p])
 
 
 @njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
@@ -197,13 +209,13 @@ def score_backward(
     grad_interests_BKD,
     grad_attention_BKL,
     attention_BKL,
-    rows_SD,
+    rows_PD,
     outer_KA,
     places_P,
     starts_B1,
     hidden_PA,
     scores_KP,
-    grad_rows_SD,
+    grad_rows_PD,
     flow_PA,
     grad_bias_A,
     grad_outer_KA,
@@ -214,13 +226,13 @@ def score_backward(
         grad_interests_BKD: gradient of the interests.
         grad_attention_BKL: of the attention; empty: zeros.
         attention_BKL: of the forward pass.
-        rows_SD: of the histories.
+        rows_PD: of the real places.
         outer_KA: W2, transposed.
         places_P: of `find_places`.
         starts_B1: of `find_places`.
         hidden_PA: tanh.
         scores_KP: overwritten by their gradients.
-        grad_rows_SD: added to.
+        grad_rows_PD: out.
         flow_PA: out, gradient of what tanh was taken of.
         grad_bias_A: added to, sum of `flow_PA`.
         grad_outer_KA: added to.
@@ -229,11 +241,11 @@ def score_backward(
         grad_interests_BKD,
         grad_attention_BKL,
         attention_BKL,
-        rows_SD,
+        rows_PD,
         places_P,
         starts_B1,
         scores_KP,
-        grad_rows_SD,
+        grad_rows_PD,
     )
     num_interests = len(outer_KA)
     for p in range(starts_B1[0], starts_B1[-1]):
@@ -249,10 +261,10 @@ def score_backward(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def scatter_keys(grad_keys_PD, places_P, starts_B1, length, grad_rows_SD, grad_positions_MD):
+def add_keys(grad_keys_PD, places_P, starts_B1, length, grad_rows_PD, grad_positions_MD):
     """Add the gradients of the keys to those of the rows and of the positions."""
     for p in range(starts_B1[0], starts_B1[-1]):
-        _add_scaled(f32(1.0), grad_keys_PD[p], grad_rows_SD[places_P[p]])
+        _add_scaled(f32(1.0), grad_keys_PD[p], grad_rows_PD[p])
         if len(grad_positions_MD):
             distance = _distance(places_P[p], length, grad_positions_MD)
             _add_scaled(f32(1.0), grad_keys_PD[p], grad_positions_MD[distance])
@@ -263,7 +275,7 @@ def backward(
     grad_interests_BKD,
     grad_attention_BKL,
     attention_BKL,
-    rows_SD,
+    rows_PD,
     inner_DA,
     outer_KA,
     places_P,
@@ -273,7 +285,7 @@ def backward(
     scores_KP,
     flow_PA,
     grad_keys_PD,
-    grad_rows_SD,
+    grad_rows_PD,
     grad_positions_MD,
     grad_inner_DA,
     grad_bias_A,
@@ -281,20 +293,20 @@ def backward(
 ):
     """Gradients for some users, of the functions above.
 
-    Room that is overwritten: scores, `flow_PA`, `grad_keys_PD`. Added to: gradients of the rows (of these users), of
-    positions, bias and outer weights. Out: `grad_inner_DA`.
+    Room that is overwritten: scores, `flow_PA`, `grad_keys_PD`. Added to: gradients of positions, bias and outer
+    weights. Out: gradients of the rows (of these users), `grad_inner_DA`.
     """
     score_backward(
         grad_interests_BKD,
         grad_attention_BKL,
         attention_BKL,
-        rows_SD,
+        rows_PD,
         outer_KA,
         places_P,
         starts_B1,
         hidden_PA,
         scores_KP,
-        grad_rows_SD,
+        grad_rows_PD,
         flow_PA,
         grad_bias_A,
         grad_outer_KA,
@@ -302,4 +314,4 @@ def backward(
     here = slice(starts_B1[0], starts_B1[-1])
     np.dot(keys_PD[here].T, flow_PA[here], grad_inner_DA)
     np.dot(flow_PA[here], inner_DA.T, grad_keys_PD[here])
-    scatter_keys(grad_keys_PD, places_P, starts_B1, attention_BKL.shape[2], grad_rows_SD, grad_positions_MD)
+    add_keys(grad_keys_PD, places_P, starts_B1, attention_BKL.shape[2], grad_rows_PD, grad_positions_MD)

@@ -116,6 +116,7 @@ class _PackedPooling(torch.autograd.Function):
         outer = outer_AK.detach().T.contiguous().numpy()
         places, starts = kernels.find_places(mask_BL.contiguous().numpy())
         keys = _with_spare_rows(len(places), dim, ctx.dtype)
+        rows = np.empty((len(places), dim), np.float32)
         scores = np.empty((num_interests, len(places)), np.float32)
         attention = np.zeros((batch, num_interests, length), np.float32)
         interests = np.zeros((batch, num_interests, dim), np.float32)
@@ -126,24 +127,25 @@ class _PackedPooling(torch.autograd.Function):
                 of_users = (
                     places,
                     starts[b.start : b.stop + 1],
+                    rows,
                     keys,
                     hidden,
                     scores,
                     attention[b],
                     interests[b],
                 )
-                kernels.forward(rows_SD, positions, inner, bias, outer, *of_users)
+                kernels.forward(rows_SD, places, positions, inner, bias, outer, *of_users)
 
             map_slices(work, batch, length * dim)
         else:
-            kernels.gather_keys(rows_SD, positions, length, places, starts, keys)
+            kernels.read(rows_SD, places, positions, length, places, starts, rows, keys)
             with torch.autocast("cpu", enabled=False):
                 hidden = product(torch.from_numpy(keys), inner_DA.detach(), ctx.dtype).numpy()
             kernels.score(bias, outer, starts, hidden, scores)
-            kernels.pool(scores, rows_SD, places, starts, attention, interests)
+            kernels.pool(scores, rows, places, starts, attention, interests)
         attention_BKL = torch.from_numpy(attention)
-        ctx.kept = (positions, bias, outer, places, starts, keys, hidden, scores)
-        ctx.save_for_backward(rows_BLD, attention_BKL, inner_DA)
+        ctx.kept = (positions, bias, outer, places, starts, rows, keys, hidden, scores)
+        ctx.save_for_backward(attention_BKL, inner_DA)
         ctx.set_materialize_grads(False)
         return torch.from_numpy(interests), attention_BKL
 
@@ -151,16 +153,15 @@ class _PackedPooling(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from distributed_mi.models import kernels
 
-        rows_BLD, attention_BKL, inner_DA = ctx.saved_tensors
-        (batch, length, dim), attention = rows_BLD.shape, attention_BKL.numpy()
-        positions, bias, outer, places, starts, keys, hidden, scores = ctx.kept
-        rows_SD, inner = rows_BLD.view(-1, dim).numpy(), inner_DA.numpy()
+        attention_BKL, inner_DA = ctx.saved_tensors
+        positions, bias, outer, places, starts, rows, keys, hidden, scores = ctx.kept
+        attention, inner = attention_BKL.numpy(), inner_DA.numpy()
+        batch, length, dim = len(attention), attention.shape[2], rows.shape[1]
         grad_interests = np.zeros((*attention.shape[:2], dim), np.float32)
         if grads[0] is not None:
             grad_interests = grads[0].contiguous().numpy()
         grad_attention = _NONE[None][:0] if grads[1] is None else grads[1].contiguous().numpy()
-        grad_rows_BLD = torch.zeros_like(rows_BLD)
-        grad_rows = grad_rows_BLD.view(-1, dim).numpy()
+        grad_rows = np.empty_like(rows)
         flow = _with_spare_rows(len(places), hidden.shape[1], ctx.dtype)
 
         def room() -> tuple[np.ndarray, ...]:
@@ -174,7 +175,7 @@ class _PackedPooling(torch.autograd.Function):
                 grad_interests[b],
                 grad_attention[b],
                 attention[b],
-                rows_SD,
+                rows,
                 inner,
                 outer,
                 places,
@@ -202,13 +203,15 @@ class _PackedPooling(torch.autograd.Function):
         else:
             of_positions, of_bias, of_outer = room()
             kernels.score_backward(
-                grad_interests, grad_attention, attention, rows_SD, outer, places, starts, hidden, scores,
+                grad_interests, grad_attention, attention, rows, outer, places, starts, hidden, scores,
                 grad_rows, flow, of_bias, of_outer,
             )  # fmt: skip
             flow_PA = torch.from_numpy(flow)
             grad_keys = product(flow_PA, inner_DA.T, ctx.dtype).numpy()
-            kernels.scatter_keys(grad_keys, places, starts, length, grad_rows, of_positions)
+            kernels.add_keys(grad_keys, places, starts, length, grad_rows, of_positions)
             of_inner = product(torch.from_numpy(keys).T, flow_PA, ctx.dtype).numpy()
+        grad_rows_BLD = torch.empty((batch, length, dim))
+        kernels.spread(grad_rows, places, grad_rows_BLD.view(-1, dim).numpy())
         return (
             grad_rows_BLD,
             None,
