@@ -142,7 +142,7 @@ class RowStore:
 
 def gather_rows(rows_RD: Tensor, slots: Tensor) -> Tensor:
     """Copies of rows, of the slots' shape plus `[D]`; slots may repeat."""
-    flat_N, dim = slots.reshape(-1), rows_RD.shape[1]
+    flat_N, dim = slots.reshape(-1).contiguous(), rows_RD.shape[1]
     if not is_plain(rows_RD):
         return rows_RD.index_select(0, flat_N).view(*slots.shape, dim)
     from distributed_mi.core.vector_math import gather  # compiles
@@ -164,7 +164,7 @@ def check_ids(ids: Tensor, num_rows: int) -> None:
     if ids.device.type == "cpu":
         from distributed_mi.embeddings import kernels
 
-        low, high = kernels.extremes(ids.reshape(-1).numpy())
+        low, high = kernels.extremes(ids.reshape(-1).contiguous().numpy())
     else:
         low, high = torch.aminmax(ids)
     if int(low) < 0 or int(high) >= num_rows:

@@ -50,7 +50,7 @@ class FusedLoss:
         from distributed_mi.models import fused_kernels, kernels
 
         source = fetched.source_UD.numpy()
-        of_histories, target_slots, negative_slots = (slots.reshape(-1).numpy() for slots in fetched.slots)
+        of_histories, target_slots, negative_slots = map(_flat, fetched.slots)
         places, starts = kernels.find_places(batch.history.mask_BL.contiguous().numpy())
         slots, length = of_histories.take(places), batch.history.mask_BL.shape[1]
         positions = _NONE if pooling.positions is None else _array(pooling.positions.by_distance_LD)
@@ -58,10 +58,10 @@ class FusedLoss:
         inner, outer_KA = _array(pooling.inner_DA), np.ascontiguousarray(_array(pooling.outer_AK).T)
         target_ids, negative_ids = _NO_IDS, _NO_IDS
         if self.mask_accidental_hits:
-            target_ids, negative_ids = batch.target_ids_B.numpy(), batch.negative_ids_N.numpy()
+            target_ids, negative_ids = _flat(batch.target_ids_B), _flat(batch.negative_ids_N)
         target_log_q, negative_log_q = _NO_NUMBERS, _NO_NUMBERS
         if batch.target_log_q_B is not None and batch.negative_log_q_N is not None:
-            target_log_q, negative_log_q = batch.target_log_q_B.numpy(), batch.negative_log_q_N.numpy()
+            target_log_q, negative_log_q = _flat(batch.target_log_q_B), _flat(batch.negative_log_q_N)
         users, dim = len(target_slots), source.shape[1]
         loss_B, routing_B = np.empty((2, users), np.float32)
         divisor, weight = np.float32(num_users_per_step), np.float32(self.routing_weight)
@@ -114,6 +114,10 @@ class FusedLoss:
         if self.routing_weight:
             terms["routing"] = float((routing_B * weight).sum())
         return terms
+
+
+def _flat(tensor: Tensor) -> np.ndarray:
+    return tensor.reshape(-1).contiguous().numpy()
 
 
 def _array(parameter: nn.Parameter) -> np.ndarray:

@@ -237,6 +237,6 @@ def load_adam_state(
     for name, parameter in parameters.items():
         assert optimizer is not None
         optimizer.state[parameter] = {
-            "step": saved[f"{name}.step"].to(parameter.device),
+            "step": saved[f"{name}.step"].to(parameter.device).clone(),
             **{m: saved[f"{name}.{m}"].to(parameter.device).clone() for m in ADAM_MOMENTS},
         }

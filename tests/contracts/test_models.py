@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from distributed_mi.core.errors import InputError
 from distributed_mi.core.registry import choices, resolve
 from distributed_mi.embeddings.checkpoint import load_table, save_table
+from distributed_mi.embeddings.optimizer import SGD
 from distributed_mi.embeddings.table import LocalItemTable
 from distributed_mi.models.base import HistoryBatch, Recommender
 from tests.model_batches import (
@@ -22,6 +23,8 @@ from tests.model_batches import (
     make_batch,
     make_history,
     make_model,
+    make_table,
+    table_gradient,
     with_loss,
 )
 
@@ -134,6 +137,40 @@ def test_every_parameter_and_every_read_row_receives_a_gradient(name: str, loss:
     changed = (model.items.state()[1]["weight"] != before).any(dim=1).nonzero().flatten().tolist()
     assert set(batch.target_ids_B.tolist()) <= set(changed)
     assert 0 not in changed
+
+
+@TRAINED
+def test_what_is_differentiated_without_autograd_is_the_loss(name: str, loss: str) -> None:
+    """Where a model offers it: the same terms, and the same gradients of parameters and rows; they add up."""
+    batch, found = make_batch(num_users=12), []
+    for by_autograd in (True, False):
+        model = make_model(name, make_table(optimizer=SGD()), **with_loss(name, LOSSES[loss]))
+        for num_users in (12, 20):
+            if by_autograd:
+                parts = model.loss(batch)
+                parts.total(num_users).backward()
+                terms = dict(zip([*parts.mean, *parts.sum], parts.parts(num_users).tolist(), strict=True))
+            else:
+                terms = model.loss_and_gradients(batch, num_users)
+                if terms is None:
+                    assert all(p.grad is None for p in model.parameters())
+                    assert table_gradient(model.items).abs().max() == 0
+                    return
+                assert model.has_own_gradients()
+        gradients = {n: p.grad for n, p in model.named_parameters()}
+        found.append((terms, gradients, table_gradient(model.items)))
+    assert list(found[0][0]) == list(found[1][0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_that_changes_the_loss_alone_is_left_to_autograd() -> None:
+    remi = resolve("model", "remi")
+    assert remi.has_own_gradients()
+    assert type("SameLoss", (remi,), {"__doc__": "Nothing new."}).has_own_gradients()
+    for name in ("loss", "loss_from_rows", "encode_rows", "step_ids", "step_rows", "forward"):
+        assert not type("Changed", (remi,), {name: lambda self, *args: None}).has_own_gradients(), name
+    both = {"loss_from_rows": lambda self, *args: None, "loss_and_gradients": lambda self, *args: None}
+    assert type("ChangedBoth", (remi,), both).has_own_gradients()
 
 
 @TRAINED

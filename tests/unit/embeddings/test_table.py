@@ -39,6 +39,34 @@ def test_gradients_of_several_lookups_and_of_repeated_ids_add_up() -> None:
     torch.testing.assert_close((before - table.state()[1]["weight"]) / 0.5, expected)
 
 
+def test_what_is_fetched_says_where_rows_stand_and_takes_gradients_of_any_of_them() -> None:
+    table = LocalItemTable(6, 2, seed=1, optimizer=SGD())
+    before = table.state()[1]["weight"].clone()
+    history, target = torch.tensor([[3, 3], [0, 1]]), torch.tensor([5])
+    fetched = table.fetch(history, target)
+    for slots, ids, rows in zip(fetched.slots, (history, target), fetched.rows(), strict=True):
+        assert slots.shape == ids.shape
+        assert torch.equal(fetched.source_UD[slots], before[ids])
+        assert torch.equal(rows, before[ids])
+    at = fetched.slots[0].reshape(-1)[[1, 2, 0]]
+    fetched.give_back(
+        [(at, torch.tensor([[1.0], [2.0], [4.0]]).expand(3, 2)), (fetched.slots[1], torch.ones(1, 2))]
+    )
+    assert table.take_counters().ids == 5
+    table.step(0.5)
+    expected = torch.tensor([0.0, 0.0, 0.0, 5.0, 0.0, 1.0])[:, None].expand(6, 2)
+    torch.testing.assert_close((before - table.state()[1]["weight"]) / 0.5, expected)
+
+
+def test_rows_that_no_loss_reads_get_no_gradient() -> None:
+    table = LocalItemTable(6, 2, seed=1, optimizer=SGD())
+    before = table.state()[1]["weight"].clone()
+    table.lookup(torch.tensor([1, 2]), torch.tensor([[3]]), torch.tensor([2, 4]))[2].sum().backward()
+    table.step(1.0)
+    expected = torch.tensor([0.0, 0.0, 1.0, 0.0, 1.0, 0.0])[:, None].expand(6, 2)
+    torch.testing.assert_close(before - table.state()[1]["weight"], expected)
+
+
 @pytest.mark.parametrize("name", ["adam", "adagrad", "row_adagrad", "sgd"])
 def test_a_step_touches_the_looked_up_rows_only(name: str) -> None:
     table = LocalItemTable(50, 4, seed=1, optimizer=make_optimizer(TableOptimizerConfig(name=name)))

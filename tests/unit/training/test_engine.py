@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from distributed_mi.embeddings.group import WorkerGroup
+from distributed_mi.models.base import Recommender
 from distributed_mi.training import zero
 from distributed_mi.training.config import EngineConfig
 from distributed_mi.training.engine import PlainEngine
@@ -83,6 +84,51 @@ def test_plain_engine_descends_as_torch_adam_does(
         assert compiled.keys() == torch_s.keys()
         for name, value in compiled.items():
             torch.testing.assert_close(value, torch_s[name], rtol=1e-5, atol=1e-6)
+
+
+def test_plain_engine_goes_on_from_a_state_that_is_loaded_between_steps(tmp_path: Path) -> None:
+    _, old = build(config(model=MODELS["layers"]), tmp_path)
+    losses(old, 0, 5)
+    state = old.engine.dense_state(), old.engine.optimizer_state()
+    curves = []
+    for steps_before in (0, 3):
+        _, new = build(config(model=MODELS["layers"], seed=steps_before), tmp_path)
+        losses(new, 0, steps_before)
+        new.engine.load_state(*state)
+        new.table.zero_grad()
+        new.table.assign(*old.table.state())
+        curves.append((losses(new, 5, 9), new.engine.optimizer_state()))
+    torch.testing.assert_close(curves[0], curves[1], rtol=0, atol=0)
+    assert float(curves[0][1]["pooling.inner_DA.step"]) == 9
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_plain_engine_does_without_autograd_only_what_a_model_offers(
+    tmp_path: Path, accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for offered in (True, False):
+        with monkeypatch.context() as patch:
+            settings = {"accumulation": accumulation}
+            if not offered:
+                patch.setattr(Recommender, "has_own_gradients", classmethod(lambda cls: False))
+            _, run = build(config(engine=settings), tmp_path)
+            by_autograd = []
+            patch.setattr(type(run.model), "forward", _counted(type(run.model).forward, by_autograd))
+            curve = losses(run, 0, 6)
+            assert len(by_autograd) == (0 if offered else 6 * accumulation)
+            weights = (run.engine.dense_state(), run.table.state()[1]["weight"])
+            found.append([curve, *weights, run.engine.term_names])
+    assert found[0].pop() == found[1].pop() == ["recommendation", "routing"]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def _counted(function: Any, calls: list[int]) -> Any:
+    def counting(*args: Any) -> Any:
+        calls.append(1)
+        return function(*args)
+
+    return counting
 
 
 def test_a_parameter_without_a_gradient_stays_and_its_steps_are_not_counted(tmp_path: Path) -> None:
