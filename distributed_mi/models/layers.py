@@ -144,8 +144,9 @@ class _PackedPooling(torch.autograd.Function):
             kernels.score(bias, outer, starts, hidden, scores)
             kernels.pool(scores, rows, places, starts, attention, interests)
         attention_BKL = torch.from_numpy(attention)
-        ctx.kept = (positions, bias, outer, places, starts, rows, keys, hidden, scores)
-        ctx.save_for_backward(attention_BKL, inner_DA)
+        ctx.small = (positions, bias, outer, places, starts)
+        # As tensors, so that what counts the bytes of a graph (`training.preflight`) sees them.
+        ctx.save_for_backward(attention_BKL, inner_DA, *map(torch.from_numpy, (rows, keys, hidden, scores)))
         ctx.set_materialize_grads(False)
         return torch.from_numpy(interests), attention_BKL
 
@@ -153,9 +154,9 @@ class _PackedPooling(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from distributed_mi.models import kernels
 
-        attention_BKL, inner_DA = ctx.saved_tensors
-        positions, bias, outer, places, starts, rows, keys, hidden, scores = ctx.kept
-        attention, inner = attention_BKL.numpy(), inner_DA.numpy()
+        attention, inner, rows, keys, hidden, scores = (tensor.numpy() for tensor in ctx.saved_tensors)
+        positions, bias, outer, places, starts = ctx.small
+        scores = scores.copy()  # overwritten by their gradients
         batch, length, dim = len(attention), attention.shape[2], rows.shape[1]
         grad_interests = np.zeros((*attention.shape[:2], dim), np.float32)
         if grads[0] is not None:
@@ -207,7 +208,7 @@ class _PackedPooling(torch.autograd.Function):
                 grad_rows, flow, of_bias, of_outer,
             )  # fmt: skip
             flow_PA = torch.from_numpy(flow)
-            grad_keys = product(flow_PA, inner_DA.T, ctx.dtype).numpy()
+            grad_keys = product(flow_PA, torch.from_numpy(inner).T, ctx.dtype).numpy()
             kernels.add_keys(grad_keys, places, starts, length, grad_rows, of_positions)
             of_inner = product(torch.from_numpy(keys).T, flow_PA, ctx.dtype).numpy()
         grad_rows_BLD = torch.empty((batch, length, dim))

@@ -10,7 +10,7 @@ import torch
 from distributed_mi.core import cpu
 from distributed_mi.embeddings.optimizer import SGD
 from distributed_mi.embeddings.table import Fetched
-from distributed_mi.models.base import Recommender, TrainBatch
+from distributed_mi.models.base import HistoryBatch, Recommender, TrainBatch
 from tests.model_batches import make_batch, make_model, make_table, table_gradient
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -108,6 +108,16 @@ def test_rows_are_read_where_the_table_says_they_stand() -> None:
     assert terms is not None
     table.store.collect(torch.cat([ids for ids, _ in given]), *(grads for _, grads in given))
     torch.testing.assert_close((list(terms.values()), gradients_of(model)), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", ["as published", "no bias", "no positions"])
+def test_a_worker_without_users_adds_nothing(variant: str) -> None:
+    model, step = remi(**VARIANTS[variant]), make_batch()
+    history = HistoryBatch(step.history.item_ids_BL[:0], step.history.mask_BL[:0])
+    batch = replace(step, history=history, target_ids_B=step.target_ids_B[:0], semantics=None)
+    assert model.loss_and_gradients(batch, 7) == {"recommendation": 0.0, "routing": 0.0}
+    gradients = gradients_of(model)
+    assert all(gradient is not None and not gradient.any() for gradient in gradients.values())
 
 
 def test_frozen_parameters_get_no_gradient() -> None:

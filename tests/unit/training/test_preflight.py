@@ -98,6 +98,7 @@ def test_the_probe_predicts_a_larger_batch() -> None:
     )
     kept = preflight._kept_bytes(model, preflight._batch(model, config, SIZES, 50))
     assert probe.bytes(50) == pytest.approx(2 * kept, rel=0.1)
+    assert kept > 4 * 50 * 20 * (16 + 16 + 64)  # rows, keys and hidden layer of full histories
 
 
 def test_a_run_that_fits_is_not_refused_and_the_table_says_why() -> None:
