@@ -276,8 +276,8 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, ...]:
-        pairs = zip(ctx.slots, grads, strict=True)
-        ctx.give_back([(slots.reshape(-1), grad.flatten(0, -2)) for slots, grad in pairs if grad is not None])
+        pairs = ((slots, grad) for slots, grad in zip(ctx.slots, grads, strict=True) if grad is not None)
+        ctx.give_back([(slots.reshape(-1), grad.reshape(-1, grad.shape[-1])) for slots, grad in pairs])
         return None, None, *(None for _ in grads)
 
 
