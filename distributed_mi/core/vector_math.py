@@ -10,6 +10,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+from distributed_mi.core.kernel_cache import forget_outdated_kernels
+
+forget_outdated_kernels()  # here, because kernels that call those of other files call some of these
+
 f32 = np.float32
 
 _LOWEST, _HIGHEST = f32(-87.0), f32(88.0)
