@@ -18,7 +18,7 @@ from distributed_mi.embeddings.initial import normal_rows
 from distributed_mi.embeddings.optimizer import TableOptimizer, make_optimizer
 
 _COPY = 16
-"""Numbers that are copied in the time in which a kernel works on one."""
+"""Numbers to copy that count as one to work on where threads are decided about: for 254,000 a second one gained 6 %."""
 
 TILE_ROWS = 16_384
 """Rows updated at once when all are."""

@@ -185,8 +185,8 @@ class ScalingConfig(ConfigModel):
     threads_per_worker: PositiveInt | None = runtime(None)
     """Threads of each worker. None: 1 on a CPU, because threads that wait for each other stop when the cores are busy
     (two threads of torch on two loaded cores: 7 to 11 times slower); with GPUs the machine's cores divided by the
-    workers on it. On two idle cores 2 threads take 0.66 of the time of one for a float32 step of REMI or ComiRec-SA
-    with 128 users, 0.86 for YouTube DNN (benchmarks/LOG.md)."""
+    workers on it. On two idle cores 2 threads take 0.69 of the time of one for a float32 step of REMI with 128
+    users (`benchmarks.bench_train_step`), 0.86 for YouTube DNN (benchmarks/LOG.md)."""
     max_failures: NonNegativeInt = runtime(3)
     """Restarts after a worker died; each resumes from the newest complete checkpoint."""
     autoscaling: bool = runtime(False)
