@@ -131,3 +131,16 @@ def test_a_worker_without_users_has_no_interests() -> None:
     (interests.sum() + attention.sum()).backward()
     assert rows.grad is not None
     assert all(p.grad is None or not p.grad.any() for p in pooling.parameters())
+
+
+def test_a_graph_of_packed_attention_can_be_gone_through_twice() -> None:
+    torch.manual_seed(0)
+    pooling = AttentivePooling(6, 2, attention_dim=11, max_history=5, bias=True, positions=True)
+    rows, mask = (
+        torch.randn(4, 5, 6, requires_grad=True),
+        torch.arange(5) >= torch.tensor([[0], [4], [2], [1]]),
+    )
+    total = (pooling(rows, mask)[0] * torch.randn(4, 2, 6)).sum()
+    first = torch.autograd.grad(total, [rows, *pooling.parameters()], retain_graph=True)
+    second = torch.autograd.grad(total, [rows, *pooling.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
