@@ -231,7 +231,7 @@ def score_backward(
         places_P: of `find_places`.
         starts_B1: of `find_places`.
         hidden_PA: tanh.
-        scores_KP: overwritten by their gradients.
+        scores_KP: room for their gradients; what stands there is not read.
         grad_rows_PD: out.
         flow_PA: out, gradient of what tanh was taken of.
         grad_bias_A: added to, sum of `flow_PA`.

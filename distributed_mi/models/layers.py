@@ -146,7 +146,7 @@ class _PackedPooling(torch.autograd.Function):
         attention_BKL = torch.from_numpy(attention)
         ctx.small = (positions, bias, outer, places, starts)
         # As tensors, so that what counts the bytes of a graph (`training.preflight`) sees them.
-        ctx.save_for_backward(attention_BKL, inner_DA, *map(torch.from_numpy, (rows, keys, hidden, scores)))
+        ctx.save_for_backward(attention_BKL, inner_DA, *map(torch.from_numpy, (rows, keys, hidden)))
         ctx.set_materialize_grads(False)
         return torch.from_numpy(interests), attention_BKL
 
@@ -154,9 +154,9 @@ class _PackedPooling(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from distributed_mi.models import kernels
 
-        attention, inner, rows, keys, hidden, scores = (tensor.numpy() for tensor in ctx.saved_tensors)
+        attention, inner, rows, keys, hidden = (tensor.numpy() for tensor in ctx.saved_tensors)
         positions, bias, outer, places, starts = ctx.small
-        scores = scores.copy()  # overwritten by their gradients
+        scores = np.empty((len(outer), len(places)), np.float32)  # room for their gradients
         batch, length, dim = len(attention), attention.shape[2], rows.shape[1]
         grad_interests = np.zeros((*attention.shape[:2], dim), np.float32)
         if grads[0] is not None:
